@@ -1,0 +1,76 @@
+r"""Turns estimated slopes into the coefficients of their directions.
+
+A slope is the estimated derivative of the loss along one direction. Every
+function here maps slopes [n] to coefficients [n], without the 1/n of the mean.
+"none" keeps the estimate unbiased; the others trade the scale of the gradient
+for robustness, and want an optimiser that sets its own scale.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Shaping = Callable[[jax.Array], jax.Array]
+
+
+def none(slopes):
+  """The slopes themselves."""
+  return slopes
+
+
+def std(slopes, clip: float = 3.0):
+  """Slopes in units of their standard deviation, clipped to ±`clip`.
+
+  A slope and its negative are equally likely draws, so that the deviation is
+  measured about zero. References: FZOO, arXiv:2506.09034.
+  """
+  deviation = jnp.sqrt(_mean(jnp.square(slopes)))
+  return jnp.clip(slopes / jnp.where(deviation > 0, deviation, 1), -clip, clip)
+
+
+def ranks(slopes):
+  """The sign of each slope times the rank of its size, in (0, 1]."""
+  order = jnp.argsort(jnp.argsort(jnp.abs(slopes)))
+  return jnp.sign(slopes) * (order + 1) / slopes.shape[0]
+
+
+def sign(slopes):
+  """The sign of each slope."""
+  return jnp.sign(slopes)
+
+
+SHAPINGS: dict[str, Shaping] = {
+  "none": none,
+  "std": std,
+  "ranks": ranks,
+  "sign": sign,
+}
+
+
+def _mean(x):
+  """Mean over the entries that are not zero; dropped probes are zero."""
+  return jnp.sum(x) / jnp.maximum(jnp.sum(x != 0), 1)
+
+
+def coefficients(slopes: jax.Array, shaping: str) -> jax.Array:
+  """Shapes the slopes and averages over the probes with a finite slope.
+
+  Args:
+    slopes: float32 [n]; a probe whose slope is not finite gets weight zero.
+    shaping: A name in `SHAPINGS`.
+  Returns:
+    float32 [n], such that the gradient estimate is the sum of
+    coefficients[i] z_i; all zero where no slope is finite.
+  """
+  finite = jnp.isfinite(slopes)
+  shaped = SHAPINGS[shaping](jnp.where(finite, slopes, 0.0))
+  return jnp.where(finite, shaped, 0.0) / jnp.maximum(jnp.sum(finite), 1)
+
+
+def check(shaping: str) -> None:
+  """Raises ValueError if `shaping` is unknown."""
+  if shaping not in SHAPINGS:
+    raise ValueError(
+      f"unknown shaping {shaping!r}. Choose one of {sorted(SHAPINGS)}."
+    )

@@ -1,0 +1,31 @@
+"""The shape that every estimator has."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from zorn_jax import types
+
+LossFn = Callable[[types.Params, types.Batch], jax.Array]
+InitFn = Callable[[types.Params], Any]
+QueryFn = Callable[..., jax.Array]
+UpdateFn = Callable[..., tuple[types.Grads, Any]]
+
+
+class Estimator(NamedTuple):
+  """A gradient estimate from scalar losses, as three pure functions.
+
+  Attributes:
+    init: (params) -> state; `()` for a stateless estimator.
+    query: (loss_fn, params, batch, state, key) -> losses [n, q]. Runs the
+      forward passes; `loss_fn(params, batch)` returns a scalar.
+    update: (losses, params, state, key) -> (grads, state). Needs neither the
+      batch nor the loss: it draws the directions again from `key`.
+    queries_per_step: Number of forward passes that `query` runs.
+  """
+
+  init: InitFn
+  query: QueryFn
+  update: UpdateFn
+  queries_per_step: int
