@@ -1,0 +1,41 @@
+"""Recurrent language models that stream over chunks of time."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from zorn_jax.models import lstm as _lstm
+from zorn_jax.models.types import Model
+
+
+def from_linen(module: nn.Module) -> Model:
+  """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`."""
+
+  def init(key):
+    def first_token(module):
+      return module(module.initial_carry(1), jnp.zeros((1, 1), jnp.int32))
+
+    return module.init(key, method=first_token)["params"]
+
+  def initial_carry(params, batch_size):
+    return module.apply({"params": params}, batch_size, method="initial_carry")
+
+  def apply(params, carry, tokens):
+    return module.apply({"params": params}, carry, tokens)
+
+  return Model(init, initial_carry, apply)
+
+
+def lstm(**options) -> Model:
+  """The LSTM of :class:`zorn_jax.models.lstm.LSTM`, which lists the options.
+
+  Raises:
+    ValueError: If a size is not positive, `hidden_size` is not a multiple of
+      `num_heads`, or a named choice is unknown.
+  """
+  _lstm.check(**options)
+  return from_linen(_lstm.LSTM(**options))
+
+
+MODELS = {"lstm": lstm}
+
+__all__ = ["MODELS", "Model", "from_linen", "lstm"]

@@ -1,0 +1,28 @@
+"""The shape that every model has for the rest of the package."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from zorn_jax import types
+
+InitFn = Callable[[types.Key], types.Params]
+CarryFn = Callable[[types.Params, int], Any]
+ApplyFn = Callable[[types.Params, Any, jax.Array], tuple[Any, jax.Array]]
+
+
+class Model(NamedTuple):
+  """A language model that streams, as three pure functions.
+
+  Attributes:
+    init: (key) -> params.
+    initial_carry: (params, batch_size) -> the state before the first token.
+    apply: (params, carry, tokens [B, C]) -> (carry, logits [B, C, V]). Params
+      may hold :class:`zorn_jax.perturbed.Perturbed` leaves. Two chunks, the
+      carry handed on, give the logits of one.
+  """
+
+  init: InitFn
+  initial_carry: CarryFn
+  apply: ApplyFn
