@@ -1,0 +1,55 @@
+"""The copy task, strings of 2 to 10 letters, forward passes only.
+
+python -m zorn_jax.cli.train --config=configs/copy.py --workdir=DIR
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.steps = 3000
+  config.batch_size = 4
+  config.num_probes = 256
+  config.epsilon = 0.01
+  config.learning_rate = 0.02
+  config.log_every = 20
+  config.evaluate_every = 250
+  config.checkpoint_every = 500
+  config.loggers = ()
+
+  config.task = ml_collections.ConfigDict()
+  config.task.name = "copy"
+  config.task.max_length = 10
+  config.task.time_chunk = 21
+  config.task.num_evaluation = 512
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "lstm"
+  config.model.embedding_size = 32
+  config.model.hidden_size = 64
+  config.model.num_heads = 2
+  config.model.embedding_scale = 0.5
+  config.model.readout_scale = "hidden"
+  config.model.initial_state = "zeros"
+  config.model.forget_bias = 0.0
+  config.model.dtype = "float32"
+
+  config.estimator = ml_collections.ConfigDict()
+  config.estimator.name = "central_difference"
+  config.estimator.shaping = "std"
+  config.estimator.batch_per_probe = True
+  config.estimator.probe_batch = 0  # Probes at once; 0 for all of them.
+  config.estimator.direction = ml_collections.ConfigDict()
+  config.estimator.direction.name = "low_rank"
+  config.estimator.direction.rank = 1
+  config.estimator.direction.base = "rademacher"
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "adam"
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.99
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 20
+  return config

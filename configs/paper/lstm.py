@@ -1,0 +1,78 @@
+"""The LSTM runs of arXiv:2505.17852, to the letter: plain CD-RGE.
+
+python -m zorn_jax.cli.train --config=configs/paper/lstm.py:tiny --workdir=DIR
+
+The sizes are tiny, small, medium, large, xlarge and xxlarge (copy task) and
+smoke_7b. Epsilon follows the learning rate, one batch is shared by all probes,
+the directions are dense signs, the optimiser is plain SGD.
+"""
+
+import ml_collections
+
+# hidden_size, num_heads, batch_size, learning_rate
+_SIZES = {
+  "tiny": (240, 12, 2048, 0.1),
+  "small": (1600, 32, 2048, 0.1),
+  "medium": (9600, 64, 1024, 0.01),
+  "large": (66000, 220, 128, 0.01),
+  "xlarge": (297500, 350, 128, 0.001),
+  "xxlarge": (1000000, 1000, 128, 0.0001),
+  "smoke_7b": (2**17, 2**8, 1, 0.01),
+}
+
+
+def get_config(size="tiny"):
+  if size not in _SIZES:
+    raise ValueError(
+      f"unknown size {size!r}. Choose one of {', '.join(_SIZES)}."
+    )
+  hidden_size, num_heads, batch_size, learning_rate = _SIZES[size]
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.steps = 1000
+  config.batch_size = batch_size
+  config.num_probes = 96
+  config.learning_rate = learning_rate
+  config.epsilon = config.get_ref("learning_rate")
+  config.log_every = 1
+  config.evaluate_every = 10
+  config.checkpoint_every = 100
+  config.loggers = ()
+
+  config.task = ml_collections.ConfigDict()
+  if size == "smoke_7b":
+    config.task.name = "random_tokens"
+    config.task.vocab_size = 50260
+    config.task.seq_length = 10
+    config.task.time_chunk = 10
+  else:
+    config.task.name = "copy"
+    config.task.max_length = 10
+    config.task.time_chunk = 21
+    config.task.num_evaluation = 512
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "lstm"
+  config.model.embedding_size = 100
+  config.model.hidden_size = hidden_size
+  config.model.num_heads = num_heads
+  config.model.embedding_scale = 1.0
+  config.model.readout_scale = "head"
+  config.model.initial_state = "trainable"
+  config.model.forget_bias = 0.0
+  config.model.dtype = "float32"
+
+  config.estimator = ml_collections.ConfigDict()
+  config.estimator.name = "central_difference"
+  config.estimator.shaping = "none"
+  config.estimator.batch_per_probe = False
+  config.estimator.probe_batch = 1
+  config.estimator.direction = ml_collections.ConfigDict()
+  config.estimator.direction.name = "rademacher"
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "sgd"
+  config.optimizer.momentum = 0.0
+  config.optimizer.schedule = "constant"
+  config.optimizer.warmup_steps = 0
+  return config

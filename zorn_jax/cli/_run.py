@@ -1,0 +1,57 @@
+"""How every command starts and ends."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[list[str]], int | None], *required: str) -> None:
+  """Runs `main` under absl; a user's mistake becomes one sentence.
+
+  Args:
+    main: (argv) -> exit status.
+    *required: Flags that must be given.
+  """
+  flags.mark_flags_as_required(required)
+
+  def guarded(argv):
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)
+    if argv[1:]:
+      _fail(f"unexpected arguments {argv[1:]}. Flags begin with --.")
+    try:
+      return main(argv)
+    except ValueError as error:
+      _fail(str(error))
+    except OSError as error:
+      fact = error.strerror and f"{error.filename}: {error.strerror}"
+      _fail(
+        f"cannot use {fact or str(error).strip().splitlines()[-1].strip()}. "
+        "Check the path, its permissions and the free space."
+      )
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+  """Parses the flags; those of a config raise all kinds of errors."""
+  try:
+    return flags.FLAGS(argv)
+  except Exception as error:
+    root = error
+    while root.__cause__ or root.__context__:
+      root = root.__cause__ or root.__context__
+    if isinstance(root, (AttributeError, KeyError)):
+      fact = f"the config has no field {root}"
+    else:
+      # Wrapped in several lines, of which the first names the flag.
+      first, *rest = str(error).splitlines()
+      fact = f"{first} {root}" if rest else first
+    _fail(f"{fact.rstrip('.')}. Run with --helpfull for the flags.")
+
+
+def _fail(message):
+  logging.debug("traceback of the error", exc_info=True)  # --verbosity=1
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(1)

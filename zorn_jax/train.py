@@ -1,0 +1,223 @@
+"""The training loop: steps, validation, checkpoints, metrics."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from zorn_jax import evaluate, loggers, plots
+from zorn_jax.checkpoint import Checkpoints
+from zorn_jax.step import Experiment, init_state, train_step
+
+CONFIG_NAME = "config.json"
+CHECKPOINTS_NAME = "checkpoints"
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+  """Makes `workdir` the directory of the run with this config.
+
+  Args:
+    workdir: Made where it does not exist.
+    config: Plain values, as they are written to `config.json`.
+  Raises:
+    ValueError: If the directory cannot be written or belongs to a run with
+      another config.
+  """
+  config = json.loads(json.dumps(config))
+  path = workdir / CONFIG_NAME
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, "Permission denied")
+    if not path.exists():
+      scratch = path.with_suffix(".tmp")
+      scratch.write_text(json.dumps(config, indent=2) + "\n")
+      os.replace(scratch, path)
+      return
+  except OSError as error:
+    raise ValueError(
+      f"cannot write to the workdir {str(workdir)!r}: {error.strerror}. "
+      "Name a writable directory with free space."
+    ) from error
+  found = json.loads(path.read_text())
+  if found != config:
+    raise ValueError(
+      f"the workdir {str(workdir)!r} belongs to another config, which differs "
+      f"in {', '.join(_differences(found, config))}. Use another workdir, or "
+      "the same config to resume."
+    )
+
+
+def _differences(found, wanted, prefix=""):
+  """Dotted names of the fields in which two configs differ."""
+  names = []
+  for key in sorted(found.keys() | wanted.keys()):
+    a, b = found.get(key), wanted.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      names += _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      names.append(f"{prefix}{key} ({a} there, {b} here)")
+  return names
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """Yields a function that says whether SIGTERM or SIGINT has come."""
+  received = []
+  handled = (signal.SIGTERM, signal.SIGINT)
+  previous = {
+    number: signal.signal(number, lambda number, _: received.append(number))
+    for number in handled
+  }
+  try:
+    yield lambda: bool(received)
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def train(
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  config: dict[str, Any],
+  logger_names=(),
+) -> bool:
+  """Trains until the last step, from the newest checkpoint if there is one.
+
+  Args:
+    experiment: What to train.
+    workdir: Directory of the run; see :func:`claim`.
+    config: Plain values that describe the run.
+    logger_names: Loggers beside the file and the terminal.
+  Returns:
+    Whether the last step was reached; False after SIGTERM or SIGINT, when the
+    state has been saved.
+  Raises:
+    ValueError: If the workdir cannot be used or a logger is missing.
+  """
+  claim(workdir, config)
+  checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
+  initial = partial(init_state, experiment)
+  restored = checkpoints.restore(jax.eval_shape(initial))
+  if restored is None:
+    state, first_step = jax.jit(initial)(), 0
+  else:
+    state, first_step, _ = restored
+    logging.info("resuming from step %d", first_step)
+  with (
+    contextlib.ExitStack() as stack,
+    _stop_on_signal() as stopped,
+  ):
+    stack.callback(checkpoints.close)
+    logs = loggers.make(
+      logger_names, workdir, config, first_step, experiment.steps
+    )
+    for logger in logs:
+      stack.callback(logger.close)
+    seconds = loggers.last_seconds(workdir)
+    run = _Run(experiment, checkpoints, logs, stopped, seconds)
+    step = _loop(run, state, first_step)
+  plots.plot_losses(workdir)
+  return step == experiment.steps
+
+
+def restore_params(
+  experiment: Experiment, workdir: pathlib.Path, best: bool = False
+) -> tuple[Any, int]:
+  """The parameters of a run's newest or best checkpoint, and its step.
+
+  Raises:
+    ValueError: If there is no readable checkpoint.
+  """
+  checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
+  template = jax.eval_shape(partial(init_state, experiment)).params
+  restored = checkpoints.restore_params(template, "best" if best else None)
+  if restored is None:
+    raise ValueError(
+      f"the run in {str(workdir)!r} has no checkpoint yet. Train until "
+      "checkpoint_every steps are done."
+    )
+  params, step, _ = restored
+  return params, step
+
+
+class _Run(NamedTuple):
+  """What the loop needs beside its state."""
+
+  experiment: Experiment
+  checkpoints: Checkpoints
+  logs: list[loggers.Logger]
+  stopped: Callable[[], bool]
+  seconds: float  # Time that earlier processes spent on this run.
+
+
+def _loop(run, state, step):
+  """Trains from `step` on; returns the number of the last step."""
+  experiment = run.experiment
+  run_step = jax.jit(partial(train_step, experiment), donate_argnums=0)
+  score = evaluate.evaluator(experiment.model, experiment.task)
+  valid = experiment.task.splits["valid"]()
+  data = jax.device_put(experiment.task.data)
+  saved = step
+  meter = _Meter(experiment, step, run.seconds)
+  while step < experiment.steps and not run.stopped():
+    state, step_metrics = run_step(state, data)
+    step += 1
+    values = {}
+    if _due(experiment, step, experiment.log_every):
+      values |= {name: float(x) for name, x in step_metrics.items()}
+      values |= meter.read(step)
+    if _due(experiment, step, experiment.evaluate_every):
+      scores = score(state.params, valid)
+      values |= {f"valid_{name}": x for name, x in scores.items()}
+    if values:
+      for logger in run.logs:
+        logger.log(step, values)
+    if _due(experiment, step, experiment.checkpoint_every):
+      run.checkpoints.save(step, state, _rank_by(values))
+      saved = step
+  if saved != step:
+    run.checkpoints.save(step, state, {})
+  return step
+
+
+def _due(experiment, step, every):
+  """Whether something is done at this step; all is done at the last."""
+  return step % every == 0 or step == experiment.steps
+
+
+def _rank_by(values):
+  """What decides which checkpoint is best; empty without a validation."""
+  if "valid_loss" not in values:
+    return {}
+  return {"loss": values["valid_loss"]}
+
+
+class _Meter:
+  """Counts forward tokens and time."""
+
+  def __init__(self, experiment, step, seconds):
+    tokens = experiment.task.tokens_per_batch
+    self._tokens_per_step = experiment.estimator.queries_per_step * tokens
+    self._seconds = seconds
+    self._last = (time.monotonic(), step)
+
+  def read(self, step):
+    before, last_step = self._last
+    self._last = (time.monotonic(), step)
+    elapsed = self._last[0] - before
+    self._seconds += elapsed
+    tokens = (step - last_step) * self._tokens_per_step
+    return {
+      "forward_tokens": step * self._tokens_per_step,
+      "seconds": self._seconds,
+      "tokens_per_second": tokens / elapsed,
+    }
