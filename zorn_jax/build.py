@@ -104,10 +104,19 @@ def _task(config):
 def _model(config, vocab_size):
   options = config.model.to_dict()
   name = options.pop("name")
-  options["dtype"] = jnp.dtype(options["dtype"])
-  return _call(
-    models.MODELS, "model", name, options | dict(vocab_size=vocab_size)
-  )
+  options["dtype"] = _float_type("model.dtype", options["dtype"])
+  options["vocab_size"] = vocab_size
+  return models.from_linen(_call(models.MODULES, "model", name, options))
+
+
+def _float_type(name, value):
+  """The floating-point type called `value`."""
+  known = ("float32", "bfloat16")
+  if value not in known:
+    raise ValueError(
+      f"unknown {name} {value!r}. Choose one of {', '.join(known)}."
+    )
+  return jnp.dtype(value)
 
 
 def _estimator(config):

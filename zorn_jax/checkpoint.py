@@ -156,8 +156,6 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
           enable_async_checkpointing=False,
           cleanup_tmp_directories=True,
-          # Metrics are read by `_Preservation`, which survives damaged ones.
-          lightweight_initialize=True,
           num_deletion_threads=1,
           preservation_policy=_Preservation(self, self._keep),
         ),

@@ -26,16 +26,10 @@ def from_linen(module: nn.Module) -> Model:
 
 
 def lstm(**options) -> Model:
-  """The LSTM of :class:`zorn_jax.models.lstm.LSTM`, which lists the options.
-
-  Raises:
-    ValueError: If a size is not positive, `hidden_size` is not a multiple of
-      `num_heads`, or a named choice is unknown.
-  """
-  _lstm.check(**options)
+  """The LSTM whose options :class:`zorn_jax.models.lstm.LSTM` lists."""
   return from_linen(_lstm.LSTM(**options))
 
 
-MODELS = {"lstm": lstm}
+MODULES = {"lstm": _lstm.LSTM}
 
-__all__ = ["MODELS", "Model", "from_linen", "lstm"]
+__all__ = ["MODULES", "Model", "from_linen", "lstm"]

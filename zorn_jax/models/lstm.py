@@ -26,44 +26,6 @@ _READOUT_SCALES = ("hidden", "head")
 _INITIAL_STATES = ("zeros", "trainable")
 
 
-def check(
-  *,
-  vocab_size,
-  embedding_size,
-  hidden_size,
-  num_heads,
-  readout_scale="hidden",
-  initial_state="zeros",
-  **others,
-) -> None:
-  """Raises ValueError where the options of :class:`LSTM` make no model."""
-  del others
-  sizes = {
-    "vocab_size": vocab_size,
-    "embedding_size": embedding_size,
-    "hidden_size": hidden_size,
-    "num_heads": num_heads,
-  }
-  for name, size in sizes.items():
-    if size < 1:
-      raise ValueError(
-        f"{name} must be positive, got {size}. Choose 1 or more."
-      )
-  if hidden_size % num_heads:
-    raise ValueError(
-      "hidden_size must be a multiple of num_heads, got "
-      f"{hidden_size=}, {num_heads=}. Choose num_heads that divides it."
-    )
-  for name, value, known in (
-    ("readout_scale", readout_scale, _READOUT_SCALES),
-    ("initial_state", initial_state, _INITIAL_STATES),
-  ):
-    if value not in known:
-      raise ValueError(
-        f"unknown {name} {value!r}. Choose one of {', '.join(known)}."
-      )
-
-
 def _scaled_normal(variance: float):
   return nn.initializers.normal(stddev=math.sqrt(variance))
 
@@ -83,6 +45,9 @@ class LSTM(nn.Module):
       authors' code.
     forget_bias: Initial value of the forget gate's bias.
     dtype: Type of the parameters; sums are float32 whatever it is.
+  Raises:
+    ValueError: If a size is not positive, `hidden_size` is not a multiple of
+      `num_heads`, or a named choice is unknown.
   """
 
   vocab_size: int
@@ -94,6 +59,30 @@ class LSTM(nn.Module):
   initial_state: str = "zeros"
   forget_bias: float = 0.0
   dtype: jnp.dtype = jnp.float32
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("vocab_size", "embedding_size", "hidden_size", "num_heads"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be positive, got {getattr(self, name)}. Choose 1 or "
+          "more."
+        )
+    if self.hidden_size % self.num_heads:
+      raise ValueError(
+        "hidden_size must be a multiple of num_heads, got "
+        f"hidden_size={self.hidden_size}, num_heads={self.num_heads}. Choose "
+        "num_heads that divides it."
+      )
+    for name, known in (
+      ("readout_scale", _READOUT_SCALES),
+      ("initial_state", _INITIAL_STATES),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f"unknown {name} {getattr(self, name)!r}. Choose one of "
+          f"{', '.join(known)}."
+        )
 
   @property
   def head_size(self) -> int:

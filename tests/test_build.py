@@ -1,0 +1,96 @@
+"""Configs: every mistake is named before anything is compiled."""
+
+import pathlib
+
+import pytest
+import small
+
+from zorn_jax import build
+
+SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
+
+
+@pytest.mark.parametrize(
+  "field, value, fact",
+  [
+    ("steps", 0, "steps must be positive, got 0"),
+    ("batch_size", -1, "batch_size must be positive, got -1"),
+    ("num_probes", 0, "num_probes must be positive, got 0"),
+    ("epsilon", 0.0, "epsilon must be positive, got 0.0"),
+    ("epsilon", float("nan"), "epsilon must be positive, got nan"),
+    ("learning_rate", -0.1, "learning_rate must be positive, got -0.1"),
+    ("evaluate_every", 0, "evaluate_every must be positive, got 0"),
+    ("task__time_chunk", 0, "task.time_chunk must be positive, got 0"),
+    ("task__max_length", 1, "max_length must be at least 2, got 1"),
+    ("task__name", "chess", "unknown task 'chess'"),
+    ("model__name", "gru2", "unknown model 'gru2'"),
+    ("model__hidden_size", 5, "multiple of num_heads"),
+    ("model__num_heads", 0, "num_heads must be positive, got 0"),
+    ("model__readout_scale", "big", "unknown readout_scale 'big'"),
+    ("model__initial_state", "cold", "unknown initial_state 'cold'"),
+    ("model__dtype", "int7", "dtype"),
+    ("estimator__name", "guess", "unknown estimator 'guess'"),
+    ("estimator__shaping", "squash", "unknown shaping 'squash'"),
+    ("estimator__probe_batch", -1, "batch_size of a probe map"),
+    ("estimator__direction__rank", 0, "rank must be positive, got 0"),
+    ("estimator__direction__base", "odd", "unknown base"),
+    ("estimator__direction__name", "up", "unknown estimator.direction 'up'"),
+    ("optimizer__name", "magic", "unknown optimizer 'magic'"),
+    ("optimizer__schedule", "zigzag", "unknown optimizer.schedule 'zigzag'"),
+    ("optimizer__warmup_steps", 300, "warmup_steps must be below steps"),
+  ],
+)
+def test_wrong_values_are_named(field, value, fact):
+  with pytest.raises(ValueError, match=fact) as raised:
+    build.experiment(small.config(**{field: value}))
+  assert str(raised.value).count("\n") == 0
+
+
+def test_fields_that_nothing_reads_are_refused():
+  config = small.config()
+  with config.unlocked():
+    config.model.depth = 3
+  with pytest.raises(ValueError, match="depth"):
+    build.experiment(config)
+
+
+def test_missing_field_is_named():
+  config = small.config()
+  del config.model.num_heads
+  with pytest.raises(ValueError, match="num_heads"):
+    build.experiment(config)
+
+
+@pytest.mark.parametrize(
+  "content, fact",
+  [
+    (None, "cannot read the text file"),
+    (b"", "is empty"),
+    (b"too short", "characters, but"),
+    (b"\xff\xfe bad", "not UTF-8 at byte 0"),
+  ],
+)
+def test_texts_that_cannot_be_used(tmp_path, content, fact):
+  path = tmp_path / "text.txt"
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(ValueError, match=fact):
+    build.experiment(small.config(SHAKESPEARE, task__source=str(path)))
+
+
+@pytest.mark.parametrize(
+  "path",
+  sorted((small.ROOT / "configs").rglob("*.py")),
+  ids=lambda path: path.stem,
+)
+def test_every_config_builds_and_says_its_command(path: pathlib.Path):
+  build.experiment(small.config(path))
+  command = (
+    f"python -m zorn_jax.cli.train --config={path.relative_to(small.ROOT)}"
+  )
+  assert command in path.read_text()
+
+
+def test_epsilon_of_the_paper_follows_the_learning_rate():
+  path = small.ROOT / "configs" / "paper" / "lstm.py"
+  assert small.config(path, "tiny", learning_rate=0.5).epsilon == 0.5

@@ -1,0 +1,66 @@
+"""Metrics on disk and on the terminal, and the plot drawn from them."""
+
+import json
+
+import pytest
+
+from zorn_jax import loggers, plots
+
+
+def write(workdir, first_step, steps):
+  logger = loggers.JsonlLogger(workdir, first_step)
+  for step in steps:
+    logger.log(step, {"loss": 1.0 / step, "seconds": 2.0 * step})
+  logger.close()
+
+
+def steps_in(workdir):
+  return [r["step"] for r in loggers.read_jsonl(workdir / "metrics.jsonl")]
+
+
+def test_resumed_run_writes_later_steps_again(tmp_path):
+  write(tmp_path, 0, [1, 2, 3, 4])
+  write(tmp_path, 2, [3, 4, 5])
+  assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+  assert loggers.last_seconds(tmp_path) == 10.0
+
+
+def test_torn_last_line_is_dropped(tmp_path):
+  write(tmp_path, 0, [1, 2])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 3, "lo')
+  write(tmp_path, 2, [3])
+  assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_plain_lines_without_a_terminal(capsys):
+  logger = loggers.TerminalLogger(0, 100)
+  logger.log(5, {"valid_loss": 2.5})
+  logger.log(10, {"loss": 3.25, "tokens_per_second": 12_000.0})
+  logger.close()
+  line = capsys.readouterr().out
+  for part in ("step 10/100", "3.2500", "2.5000", "12k tokens/s", "ETA"):
+    assert part in line
+
+
+def test_tensorboard_gets_every_value(tmp_path):
+  logs = loggers.make(("tensorboard",), tmp_path, {}, 0, 10)
+  for logger in logs:
+    logger.log(1, {"loss": 1.0, "tokens_per_second": 1.0})
+    logger.close()
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  assert b"tokens_per_second" in file.read_bytes()
+
+
+def test_unknown_logger_is_named():
+  with pytest.raises(ValueError, match="unknown logger 'paper'"):
+    loggers.check(("paper",))
+
+
+def test_plot_shows_both_curves(tmp_path):
+  assert plots.plot_losses(tmp_path) is None
+  records = [{"step": 1, "loss": 2.0}, {"step": 2, "valid_loss": 1.5}]
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (tmp_path / "metrics.jsonl").write_text(lines)
+  path = plots.plot_losses(tmp_path)
+  assert path.read_bytes().startswith(b"\x89PNG")

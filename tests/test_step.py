@@ -1,0 +1,135 @@
+"""The training step: pure, compiled once, of constant memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from zorn_jax import build, metrics
+from zorn_jax.step import init_state, train_step
+from zorn_jax.train_state import digest
+
+SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+  rng = np.random.default_rng(0)
+  path = tmp_path_factory.mktemp("text") / "text.txt"
+  path.write_text("".join(rng.choice(list("abcdefgh "), 40_000)))
+  return str(path)
+
+
+def text_experiment(text_file, seq_length, variant="recipe"):
+  return build.experiment(
+    small.config(
+      SHAKESPEARE,
+      variant,
+      task__source=text_file,
+      task__seq_length=seq_length,
+      num_probes=4,
+      model__hidden_size=16,
+      model__embedding_size=8,
+    )
+  )
+
+
+def compiled_step(experiment):
+  state = jax.eval_shape(partial(init_state, experiment))
+  step = jax.jit(partial(train_step, experiment), donate_argnums=0)
+  return step.lower(state, experiment.task.data).compile()
+
+
+def bptt_temporary_bytes(experiment):
+  def loss(params, data, key):
+    batch = experiment.task.sample(data, key)
+    return metrics.mean_loss(
+      experiment.model, experiment.task, data, params, batch
+    )
+
+  params = jax.eval_shape(partial(init_state, experiment)).params
+  grad = jax.jit(jax.grad(loss))
+  compiled = grad.lower(params, experiment.task.data, jax.random.key(0))
+  return compiled.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("variant", ["recipe", "plain"])
+def test_temporary_memory_does_not_grow_with_time(text_file, variant):
+  short, long = (
+    compiled_step(text_experiment(text_file, length, variant))
+    .memory_analysis()
+    .temp_size_in_bytes
+    for length in (128, 8192)
+  )
+  assert abs(long - short) < 0.05 * short
+
+
+def test_memory_check_would_notice_back_propagation(text_file):
+  short, long = (
+    bptt_temporary_bytes(text_experiment(text_file, length))
+    for length in (128, 8192)
+  )
+  assert long > 10 * short
+
+
+@pytest.fixture(scope="module")
+def experiment():
+  return build.experiment(small.config())
+
+
+def test_step_is_pure_and_compiled_once(experiment):
+  step = jax.jit(partial(train_step, experiment))
+  state = init_state(experiment)
+  before = digest(state)
+  first, values = step(state, ())
+  second, _ = step(first, ())
+  assert digest(state) == before
+  assert digest(step(state, ())[0]) == digest(first) != digest(second)
+  assert step._cache_size() == 1
+  assert int(second.step) == 2
+  dtypes = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)
+  assert dtypes(second) == dtypes(state)
+  assert all(np.isfinite(float(value)) for value in values.values())
+
+
+def test_training_data_does_not_depend_on_the_probes():
+  """Batch i of a step is the same for 2 and for 5 probes, in every step."""
+  seen = {}
+  for n in (2, 5):
+    experiment = build.experiment(small.config(num_probes=n))
+    original = experiment.estimator.query
+
+    def query(loss_fn, params, batch, state, key, n=n, original=original):
+      jax.debug.callback(
+        lambda tokens: seen.setdefault(n, []).append(np.asarray(tokens)),
+        batch[0],
+      )
+      return original(loss_fn, params, batch, state, key)
+
+    experiment = experiment._replace(
+      estimator=experiment.estimator._replace(query=query)
+    )
+    step = jax.jit(partial(train_step, experiment))
+    state = init_state(experiment)
+    for _ in range(3):
+      state, _ = step(state, ())
+    jax.effects_barrier()
+  for few, many in zip(seen[2], seen[5], strict=True):
+    np.testing.assert_array_equal(few, many[:2])
+  assert not np.array_equal(seen[2][0], seen[2][1])
+
+
+def test_a_step_with_nothing_finite_changes_nothing(experiment):
+  def query(loss_fn, params, batch, state, key):
+    return jnp.full((experiment.num_probes, 2), jnp.nan)
+
+  broken = experiment._replace(
+    estimator=experiment.estimator._replace(query=query)
+  )
+  state = init_state(broken)
+  after, values = train_step(broken, state, ())
+  assert digest(after.params) == digest(state.params)
+  assert int(values["dropped"]) == 2 * experiment.num_probes
