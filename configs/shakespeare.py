@@ -19,7 +19,7 @@ def get_config(variant="recipe"):
     raise ValueError(f"unknown variant {variant!r}. Choose recipe or plain.")
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.steps = 3000
+  config.steps = 2500
   config.batch_size = 1
   config.num_probes = 512
   config.epsilon = 0.01

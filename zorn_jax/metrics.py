@@ -71,11 +71,12 @@ def mean_loss(model: Model, task: Task, data, params, batch) -> jax.Array:
 def summary(sums: Sums) -> dict[str, float]:
   """Loss in nats and bits, accuracy of tokens and of whole sequences."""
   total = jax.tree.map(lambda x: float(jnp.sum(x)), sums)
+  right = sums.correct == sums.count
   return {
     "loss": total.loss / total.count,
     "bits": total.loss / total.count / math.log(2),
     "accuracy": total.correct / total.count,
-    "sequence_accuracy": float(jnp.mean(sums.correct == sums.count)),
+    "sequence_accuracy": float(jnp.mean(right, where=sums.count > 0)),
     "tokens": int(total.count),
   }
 

@@ -153,7 +153,7 @@ def _finite_difference(
       _check_batch(batch, num_probes)
       losses = probe_map.map(lambda x: probe_losses(*x), (keys, batch))
       if clean:
-        first = probe_map.map(lambda x: loss_fn(params, x), batch)
+        first = probe_map.map(lambda x: loss_fn(params, x[1]), (keys, batch))
     else:
       losses = probe_map.map(lambda key: probe_losses(key, batch), keys)
       if clean:
@@ -161,6 +161,7 @@ def _finite_difference(
     return jnp.column_stack([first, losses]) if clean else losses
 
   def update(losses, params, state, key):
+    losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
     weights = shapings.coefficients(slopes(losses), shaping)
     keys = probe_keys(key, num_probes)
     return direction.combine(keys, weights, params, probe_map), state

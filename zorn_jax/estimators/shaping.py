@@ -11,32 +11,38 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Shaping = Callable[[jax.Array], jax.Array]
+# (slopes [n], which of them count [n]) -> coefficients [n]. Slopes that do not
+# count are zero.
+Shaping = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def none(slopes):
+def none(slopes, counts):
   """The slopes themselves."""
+  del counts
   return slopes
 
 
-def std(slopes, clip: float = 3.0):
+def std(slopes, counts, clip: float = 3.0):
   """Slopes in units of their standard deviation, clipped to ±`clip`.
 
   A slope and its negative are equally likely draws, so that the deviation is
   measured about zero. References: FZOO, arXiv:2506.09034.
   """
-  deviation = jnp.sqrt(_mean(jnp.square(slopes)))
+  variance = jnp.sum(jnp.square(slopes)) / jnp.maximum(jnp.sum(counts), 1)
+  deviation = jnp.sqrt(variance)
   return jnp.clip(slopes / jnp.where(deviation > 0, deviation, 1), -clip, clip)
 
 
-def ranks(slopes):
+def ranks(slopes, counts):
   """The sign of each slope times the rank of its size, in (0, 1]."""
-  order = jnp.argsort(jnp.argsort(jnp.abs(slopes)))
-  return jnp.sign(slopes) * (order + 1) / slopes.shape[0]
+  size = jnp.where(counts, jnp.abs(slopes), -1)  # Those that do not come first.
+  rank = jnp.argsort(jnp.argsort(size)) + 1 - jnp.sum(~counts)
+  return jnp.sign(slopes) * rank / jnp.maximum(jnp.sum(counts), 1)
 
 
-def sign(slopes):
+def sign(slopes, counts):
   """The sign of each slope."""
+  del counts
   return jnp.sign(slopes)
 
 
@@ -46,11 +52,6 @@ SHAPINGS: dict[str, Shaping] = {
   "ranks": ranks,
   "sign": sign,
 }
-
-
-def _mean(x):
-  """Mean over the entries that are not zero; dropped probes are zero."""
-  return jnp.sum(x) / jnp.maximum(jnp.sum(x != 0), 1)
 
 
 def coefficients(slopes: jax.Array, shaping: str) -> jax.Array:
@@ -64,7 +65,7 @@ def coefficients(slopes: jax.Array, shaping: str) -> jax.Array:
     coefficients[i] z_i; all zero where no slope is finite.
   """
   finite = jnp.isfinite(slopes)
-  shaped = SHAPINGS[shaping](jnp.where(finite, slopes, 0.0))
+  shaped = SHAPINGS[shaping](jnp.where(finite, slopes, 0.0), finite)
   return jnp.where(finite, shaped, 0.0) / jnp.maximum(jnp.sum(finite), 1)
 
 
