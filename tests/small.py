@@ -12,7 +12,7 @@ COPY = ROOT / "configs" / "copy.py"
 
 # Overrides of configs/copy.py; seconds for a few hundred steps.
 OVERRIDES = {
-  "steps": 300,
+  "steps": 160,
   "batch_size": 2,
   "num_probes": 4,
   "log_every": 10,

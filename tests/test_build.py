@@ -37,7 +37,7 @@ SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
     ("estimator__direction__name", "up", "unknown estimator.direction 'up'"),
     ("optimizer__name", "magic", "unknown optimizer 'magic'"),
     ("optimizer__schedule", "zigzag", "unknown optimizer.schedule 'zigzag'"),
-    ("optimizer__warmup_steps", 300, "warmup_steps must be below steps"),
+    ("optimizer__warmup_steps", 160, "warmup_steps must be below steps"),
   ],
 )
 def test_wrong_values_are_named(field, value, fact):
