@@ -442,3 +442,8 @@ def test_combine_is_the_sum_of_what_sample_draws(kind):
 def test_a_mistake_is_named_with_its_remedy(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_integer_parameters_are_refused():
+  with pytest.raises(ValueError, match="got a leaf of int32"):
+    directions.rademacher().sample(jax.random.key(0), {"n": jnp.arange(3)})

@@ -227,3 +227,17 @@ def test_a_population_agrees_with_its_members():
     check_product(
       got[i], x[i], Perturbed(w, left[i], right[i], jnp.float32(0.1)), 2
     )
+
+
+def test_a_vector_gives_a_vector():
+  value, left, right = jnp.eye(3), jnp.ones((1, 3)), jnp.full((1, 3), 2.0)
+  w = perturbed.Perturbed(value, left, right, jnp.float32(0.5))
+  x = jnp.array([1.0, 2.0, 3.0])
+  np.testing.assert_allclose(perturbed.matmul(x, w), [7.0, 8.0, 9.0])
+
+
+def test_take_refuses_what_is_not_a_matrix():
+  ones = jnp.ones((2, 1, 3))
+  w = perturbed.Perturbed(jnp.ones((2, 3, 3)), ones, ones, jnp.float32(1))
+  with pytest.raises(ValueError, match=r"got shape \(2, 3, 3\)"):
+    perturbed.take(w, jnp.array([0]))

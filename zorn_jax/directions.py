@@ -80,6 +80,12 @@ def _normal(key, shape):
 def _leaf_keys(key, params):
   """One key per leaf, in tree order."""
   leaves, treedef = jax.tree.flatten(params)
+  for dtype in map(jnp.result_type, leaves):
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f"parameters must be floating-point, got a leaf of {dtype}. Keep other "
+        "arrays out of the parameters."
+      )
   keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
   return jax.tree.unflatten(treedef, keys)
 

@@ -93,7 +93,8 @@ def matmul(x, w):
 
   Args:
     x: [..., B, m], an array or Perturbed.
-    w: [..., m, k], an array or Perturbed; leading axes broadcast.
+    w: [..., m, k], an array or Perturbed; leading axes broadcast. Where both
+      are Perturbed they are matrices and have the same scale.
   Returns:
     [..., B, k], accumulated in float32 or wider. Perturbed (of the summed
     rank) when `x` is Perturbed, otherwise an array.
@@ -102,6 +103,8 @@ def matmul(x, w):
     return _matmul_perturbed(x, w)
   if not _is_perturbed(w):
     return _matmul(x, w)
+  if x.ndim == 1:
+    return matmul(x[None], w)[..., 0, :]
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   total = _matmul(x, w.value)
   rank = total.ndim
@@ -137,9 +140,16 @@ def take(w, indices: jax.Array) -> jax.Array:
     indices: Integers in [0, m), of any shape.
   Returns:
     Array of shape `indices.shape + (k,)`.
+  Raises:
+    ValueError: If `w` is Perturbed and not a matrix.
   """
   if not _is_perturbed(w):
     return jnp.take(w, indices, axis=0, mode="clip")
+  if w.ndim != 2:
+    raise ValueError(
+      f"take reads rows of a perturbed matrix, got shape {w.shape}. "
+      "Materialize it first."
+    )
   rows = jnp.take(w.value, indices, axis=0, mode="clip")
   for left, right in zip(w.left, w.right, strict=True):
     coefficient = w.scale * jnp.take(left, indices, axis=0, mode="clip")
