@@ -14,6 +14,7 @@ def get_config():
   config.num_probes = 256
   config.epsilon = 0.01
   config.learning_rate = 0.02
+  config.epsilon_schedule = "constant"
   config.log_every = 20
   config.evaluate_every = 250
   config.checkpoint_every = 500
@@ -52,4 +53,18 @@ def get_config():
   config.optimizer.b2 = 0.99
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20
+
+  config.watch = ml_collections.ConfigDict()
+  config.watch.explosion = 2.0  # Times the average loss; 0 to let it.
+  config.watch.max_rollbacks = 5
+  config.watch.patience = 0  # Log periods without progress; 0 for no end.
+  config.watch.threshold = 0.01  # Progress, relative to the best loss.
+
+  config.search = ml_collections.ConfigDict()
+  config.search.enabled = False
+  config.search.low = 1e-5
+  config.search.high = 0.1
+  config.search.depth = 3
+  config.search.steps = 1
+  config.search.on_plateau = False
   return config

@@ -24,6 +24,7 @@ def get_config(variant="recipe"):
   config.num_probes = 512
   config.epsilon = 0.01
   config.learning_rate = 0.02
+  config.epsilon_schedule = "constant"
   config.log_every = 20
   config.evaluate_every = 250
   config.checkpoint_every = 500
@@ -78,4 +79,18 @@ def get_config(variant="recipe"):
       "schedule": "constant",
       "warmup_steps": 0,
     }
+
+  config.watch = ml_collections.ConfigDict()
+  config.watch.explosion = 2.0  # Times the average loss; 0 to let it.
+  config.watch.max_rollbacks = 5
+  config.watch.patience = 0  # Log periods without progress; 0 for no end.
+  config.watch.threshold = 0.01  # Progress, relative to the best loss.
+
+  config.search = ml_collections.ConfigDict()
+  config.search.enabled = False
+  config.search.low = 1e-5
+  config.search.high = 0.1
+  config.search.depth = 3
+  config.search.steps = 1
+  config.search.on_plateau = False
   return config

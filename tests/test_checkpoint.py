@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
-from zorn_jax import checkpoint, train_state
+from zorn_jax import checkpoint, control, train_state
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -38,7 +38,8 @@ def make_state(step, size=4):
     step=jnp.int32(step),
     params=params,
     opt_state=optimizer.init(weights),
-    estimator_state=((), None, [jnp.float32(-0.0), jnp.float32(jnp.nan)]),
+    method_state=((), None, [jnp.float32(-0.0), jnp.float32(jnp.nan)]),
+    control=control.init(control.Watch()),
     probe_key=jax.random.fold_in(jax.random.key(1), step),
     data_key=jax.random.split(jax.random.key(step, impl="rbg"), 3),
   )

@@ -14,10 +14,11 @@ LINES = (
   ("build",),
   ("train", "evaluate", "sample"),
   ("step", "checkpoint", "journal", "plots", "plan", "loggers"),
-  ("train_state", "metrics", "data"),
-  ("estimators", "tasks", "models", "mesh"),
+  ("methods", "train_state"),
+  ("metrics", "control", "data"),
+  ("estimators", "tasks", "models", "mesh", "search"),
   ("directions", "kernels"),
-  ("probe_map", "perturbed"),
+  ("probe_map", "perturbed", "aggregators"),
   ("types",),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}

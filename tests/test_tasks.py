@@ -10,8 +10,8 @@ import pytest
 from absl import logging as absl_logging
 
 from zorn_jax import metrics, tasks
+from zorn_jax.methods import sample_batches
 from zorn_jax.models import Model
-from zorn_jax.step import Experiment, sample_batch
 from zorn_jax.tasks import text as texts, vocabulary as vocabularies
 
 LARGE = 50.0  # A logit that leaves e⁻⁵⁰ for all other tokens.
@@ -476,32 +476,16 @@ def test_a_batch_depends_on_its_key_alone(name):
   assert not any(jax.tree.leaves(other))
 
 
-def experiment_of(task, num_probes, batch_per_probe):
-  return Experiment(
-    model=indifferent(len(task.vocabulary)),
-    task=task,
-    estimator=None,
-    optimizer=None,
-    num_probes=num_probes,
-    batch_per_probe=batch_per_probe,
-    seed=0,
-    steps=1,
-    evaluate_every=1,
-    checkpoint_every=1,
-    log_every=1,
-  )
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_do_not_depend_on_the_number_of_probes(name):
   task, key = TASKS[name](), jax.random.key(9)
-  draw = lambda *options: jax.jit(
-    lambda key: sample_batch(experiment_of(task, *options), task.data, key)
-  )(key)
-  many, few, shared = draw(5, True), draw(2, True), draw(5, False)
-  for row, one in ((slice(2), few), (0, shared)):
-    first = jax.tree.map(lambda x, row=row: x[row], many)
-    jax.tree.map(np.testing.assert_array_equal, first, one)
+  draw = lambda n: jax.jit(lambda key: sample_batches(task, task.data, key, n))(
+    key
+  )
+  many = draw(5)
+  for n in (1, 2):
+    first = jax.tree.map(lambda x, n=n: x[:n], many)
+    jax.tree.map(np.testing.assert_array_equal, first, draw(n))
   # Each probe has a batch of its own.
   for leaf in jax.tree.leaves(many):
     assert len(np.unique(np.asarray(leaf).reshape(5, -1), axis=0)) == 5

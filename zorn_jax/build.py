@@ -3,12 +3,25 @@
 import inspect
 import json
 import pathlib
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+import optax.contrib
 
-from zorn_jax import directions, estimators, models, probe_map, tasks
+from zorn_jax import (
+  aggregators,
+  control,
+  directions,
+  estimators,
+  methods,
+  models,
+  probe_map,
+  search,
+  tasks,
+)
 from zorn_jax.step import Experiment
 from zorn_jax.train import CONFIG_NAME
 
@@ -22,8 +35,6 @@ _DIRECTIONS = {
 _POSITIVE = (
   "steps",
   "batch_size",
-  "num_probes",
-  "epsilon",
   "learning_rate",
   "log_every",
   "evaluate_every",
@@ -65,13 +76,25 @@ def _experiment(config):
   for name in _POSITIVE:
     _check_positive(name, config[name])
   task = _task(config)
+  model = _model(config, len(task.vocabulary))
+  factor = _schedule(config)
+  schedules = {"constant": None, "learning_rate": factor}
+  if config.epsilon_schedule not in schedules:
+    raise ValueError(
+      f"unknown epsilon_schedule {config.epsilon_schedule!r}. Choose one of "
+      f"{', '.join(schedules)}."
+    )
   return Experiment(
-    model=_model(config, len(task.vocabulary)),
+    model=model,
     task=task,
-    estimator=_estimator(config),
-    optimizer=_optimizer(config),
+    method=_method(config, model, task),
+    optimizer=_optimizer(config, model, factor),
+    watch=_watch(config),
+    search=_search(config),
     num_probes=config.num_probes,
-    batch_per_probe=config.estimator.batch_per_probe,
+    peak_rate=config.learning_rate,
+    epsilon=config.epsilon,
+    epsilon_schedule=schedules[config.epsilon_schedule],
     seed=config.seed,
     steps=config.steps,
     evaluate_every=config.evaluate_every,
@@ -119,52 +142,225 @@ def _float_type(name, value):
   return jnp.dtype(value)
 
 
-def _estimator(config):
+def _method(config, model, task):
   options = config.estimator.to_dict()
   name = options.pop("name")
-  direction = options.pop("direction")
-  options["direction"] = _call(
+  makers = {
+    name: partial(_zero_order, name, maker)
+    for name, maker in estimators.ESTIMATORS.items()
+  }
+  makers |= {
+    name: partial(_streaming, maker)
+    for name, maker in estimators.STREAMING.items()
+  }
+  makers["bptt"] = _bptt
+  if name not in makers:
+    raise ValueError(
+      f"unknown estimator {name!r}. Choose one of {', '.join(sorted(makers))}."
+    )
+  for field, unused in (
+    ("epsilon", name in ("bptt", "forward_gradient")),
+    ("num_probes", name == "bptt"),
+  ):
+    if unused and config[field]:
+      raise ValueError(
+        f"{name} has no {field}, got {field}={config[field]}. Set it to 0."
+      )
+    if not unused:
+      _check_positive(field, config[field])
+  return makers[name](config, model, task, options)
+
+
+def _zero_order(name, maker, config, model, task, options):
+  readout = options.pop("readout", "estimated")
+  readout_batches = options.pop("readout_batches", 0)
+  if readout not in ("estimated", "exact"):
+    raise ValueError(
+      f"unknown estimator.readout {readout!r}. Choose estimated or exact."
+    )
+  if (readout == "exact") != (readout_batches > 0):
+    raise ValueError(
+      "the exact readout needs readout_batches, and an estimated one has none, "
+      f"got {readout=}, {readout_batches=}. Set readout_batches to "
+      f"{'64' if readout == 'exact' else '0'}."
+    )
+  if readout == "exact" and not model.readout:
+    raise ValueError(
+      f"the model {config.model.name!r} names no readout. Set "
+      "estimator.readout to estimated."
+    )
+  adaptive = options.pop("adaptive", 0.0)
+  direction, options = _common(config, options)
+  batch_per_probe = options.get("batch_per_probe", False)
+  takes_epsilon = bool(config.epsilon)
+
+  def make(epsilon):
+    def with_direction(direction):
+      values = {"epsilon": epsilon} if takes_epsilon else {}
+      values |= options | {"direction": direction}
+      return _call(estimators.ESTIMATORS, "estimator", name, values)
+
+    if adaptive:
+      return estimators.adaptive(with_direction, direction, adaptive)
+    return with_direction(direction)
+
+  make(config.epsilon)  # What is wrong shows here.
+  return methods.zero_order(
+    model,
+    task,
+    make,
+    num_probes=config.num_probes,
+    batch_per_probe=batch_per_probe,
+    readout_batches=readout_batches,
+  )
+
+
+def _streaming(maker, config, model, task, options):
+  direction, options = _common(config, options)
+  options["direction"] = direction
+  unrolls = options["unrolls"]
+  _check_positive("estimator.unrolls", unrolls)
+
+  def make(epsilon):
+    values = options | {"epsilon": epsilon}
+    return _call({"": maker}, "estimator", "", values)
+
+  make(config.epsilon)  # What is wrong shows here.
+  return methods.streaming(
+    model, task, make, num_probes=config.num_probes, unrolls=unrolls
+  )
+
+
+def _bptt(config, model, task, options):
+  del config
+  if "aggregator" in options:
+    options["aggregator"] = _aggregator(options["aggregator"])
+  makers = {"bptt": partial(methods.bptt, model, task)}
+  return _call(makers, "estimator", "bptt", options)
+
+
+def _common(config, options):
+  """The direction, and the options with values for what names stand for."""
+  direction = dict(options.pop("direction"))
+  norm = direction.pop("norm", "none")
+  made = _call(
     _DIRECTIONS, "estimator.direction", direction.pop("name"), direction
   )
+  if norm != "none":
+    made = directions.normalized(made, norm)
+  if "aggregator" in options:
+    aggregator = dict(options.pop("aggregator"))
+    groups = aggregator.pop("groups")
+    made = directions.grouped(made, _aggregator(aggregator), groups)
   # 0 stands for all probes at once.
   options["probe_map"] = probe_map.sequential(
     options.pop("probe_batch") or None
   )
-  options |= {"epsilon": config.epsilon, "num_probes": config.num_probes}
-  return _call(estimators.ESTIMATORS, "estimator", name, options)
+  return made, options | {"num_probes": config.num_probes}
 
 
-def _optimizer(config):
+def _aggregator(options):
+  options = dict(options)
+  name = options.pop("name")
+  return _call(aggregators.AGGREGATORS, "aggregator", name, options)
+
+
+def _optimizer(config, model, factor):
   options = config.optimizer.to_dict()
   name = options.pop("name")
-  schedule = _call(
-    {"constant": _constant, "cosine": _cosine},
-    "optimizer.schedule",
-    options.pop("schedule"),
-    {
-      "peak": config.learning_rate,
-      "warmup_steps": options.pop("warmup_steps"),
-      "steps": config.steps,
-    },
-  )
-  makers = {"adam": optax.adam, "sgd": optax.sgd}
-  return _call(makers, "optimizer", name, options | {"learning_rate": schedule})
+  for used in ("schedule", "warmup_steps"):
+    options.pop(used)
+  clip = options.pop("clip", 0.0)
+  normalize = options.pop("normalize", "none")
+  weight_decay = options.pop("weight_decay", 0.0)
+  makers = {"adam": optax.scale_by_adam, "sgd": _momentum}
+  parts = {"none": optax.identity, "l2": optax.normalize_by_update_norm}
+  chain = [
+    _call(parts | {"l1": _normalize_l1}, "optimizer.normalize", normalize, {})
+  ]
+  if clip:
+    _check_positive("optimizer.clip", clip)
+    chain.append(optax.clip_by_global_norm(clip))
+  chain.append(_call(makers, "optimizer", name, options))
+  if weight_decay:
+    _check_positive("optimizer.weight_decay", weight_decay)
+    mask = lambda params: {name: name in model.decayed for name in params}
+    chain.append(optax.add_decayed_weights(weight_decay, mask))
+  rate = config.learning_rate
+  chain.append(optax.scale_by_learning_rate(lambda step: rate * factor(step)))
+  return optax.chain(*chain)
 
 
-def _constant(peak, warmup_steps, steps):
-  del steps
-  if not warmup_steps:
-    return peak
-  return optax.warmup_constant_schedule(0.0, peak, warmup_steps)
+def _momentum(momentum):
+  return optax.trace(momentum) if momentum else optax.identity()
 
 
-def _cosine(peak, warmup_steps, steps):
-  if warmup_steps >= steps:
+def _normalize_l1():
+  """Divides the gradient by the sum of its absolute values."""
+
+  def update(grads, params):
+    del params
+    total = optax.tree.norm(grads, ord=1)
+    scale = 1 / jnp.where(total > 0, total, 1.0)
+    return jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+
+  return optax.stateless(update)
+
+
+def _schedule(config):
+  """(step) -> what the learning rate is multiplied with."""
+  warmup, steps = config.optimizer.warmup_steps, config.steps
+  if not 0 <= warmup < steps:
     raise ValueError(
-      f"optimizer.warmup_steps must be below steps, got {warmup_steps} and "
-      f"{steps}. Choose a shorter warm-up."
+      "optimizer.warmup_steps must be below steps and not negative, got "
+      f"{warmup} and {steps}. Choose a shorter warm-up."
     )
-  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps)
+  makers = {
+    "constant": lambda: optax.constant_schedule(1.0),
+    "cosine": lambda: optax.cosine_decay_schedule(1.0, steps - warmup),
+    "linear": lambda: optax.linear_schedule(1.0, 0.0, steps - warmup),
+  }
+  after = _call(makers, "optimizer.schedule", config.optimizer.schedule, {})
+  if not warmup:
+    return after
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]
+  )
+
+
+def _watch(config):
+  options = config.watch.to_dict()
+  patience = options.pop("patience")
+  if options["explosion"] and not options["explosion"] > 1:
+    raise ValueError(
+      f"watch.explosion must be above 1, got {options['explosion']}. Choose "
+      "for example 2, or 0 for no watch."
+    )
+  if not patience:
+    options.pop("threshold")
+    return control.Watch(**options)
+  _check_positive("watch.patience", patience)
+  plateau = optax.contrib.reduce_on_plateau(
+    factor=0.5,
+    rtol=options.pop("threshold"),
+    patience=patience,
+    accumulation_size=config.log_every,
+  )
+  return control.Watch(plateau=plateau, **options)
+
+
+def _search(config):
+  options = config.search.to_dict()
+  if not options.pop("enabled"):
+    return None
+  result = search.Search(**options)
+  search.check(result)
+  if result.on_plateau and not config.watch.patience:
+    raise ValueError(
+      "search.on_plateau needs a plateau to be noticed, got watch.patience=0. "
+      "Choose for example 10."
+    )
+  return result
 
 
 def _check_positive(name, value):
@@ -178,11 +374,18 @@ def _call(makers, what, name, options):
     raise ValueError(
       f"unknown {what} {name!r}. Choose one of {', '.join(sorted(makers))}."
     )
+  taken = inspect.signature(makers[name]).parameters
+  extra = [option for option in options if option not in taken]
+  if extra:
+    raise ValueError(
+      f"the {what} {name!r} does not take {', '.join(extra)}. Drop "
+      f"{'it' if len(extra) == 1 else 'them'}; it takes {', '.join(taken)}."
+    )
   try:
     inspect.signature(makers[name]).bind(**options)
   except TypeError as error:
     raise ValueError(
-      f"the {what} {name!r} does not take these fields: {error}. See its "
-      "docstring for those it takes."
+      f"the {what} {name!r} lacks a field: {error}. It takes "
+      f"{', '.join(taken)}."
     ) from error
   return makers[name](**options)

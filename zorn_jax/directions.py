@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zorn_jax import perturbed, probe_map as probe_maps, types
+from zorn_jax import aggregators, perturbed, probe_map as probe_maps, types
 
 # (key, shape) -> float32 array.
 Draw = Callable[[types.Key, tuple[int, ...]], jax.Array]
@@ -210,11 +210,16 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
 
   def perturb(params, z, scale):
     def add(leaf, zi):
+      if isinstance(leaf, perturbed.Perturbed):
+        left = [leaf.scale * leaf.left, scale * zi.left]
+        right = [leaf.right, zi.right]
+        factors = (jnp.concatenate(pair, axis=-2) for pair in (left, right))
+        return perturbed.Perturbed(leaf.value, *factors, jnp.ones(()))
       if isinstance(zi, Factors):
         return perturbed.Perturbed(leaf, zi.left, zi.right, jnp.asarray(scale))
       return _add(leaf, zi, scale)
 
-    return jax.tree.map(add, params, z)
+    return jax.tree.map(add, params, z, is_leaf=perturbed.is_perturbed)
 
   def combine(keys, coefficients, params, probe_map=None):
     del probe_map  # The factors of all probes are small: one GEMM sums them.
@@ -231,3 +236,122 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
     return jax.tree.map(add_up, params, stacked)
 
   return Direction(sample, perturb, combine)
+
+
+def _arrays(z):
+  """A direction whose low-rank leaves are formed."""
+  form = lambda zi: (
+    jnp.einsum("...rm,...rk->...mk", *zi) if isinstance(zi, Factors) else zi
+  )
+  return jax.tree.map(form, z, is_leaf=lambda zi: isinstance(zi, Factors))
+
+
+def mapped(
+  direction: Direction, linear: Callable[[types.PyTree], types.PyTree]
+) -> Direction:
+  """The directions `linear(z)`, formed as plain arrays.
+
+  Args:
+    direction: Distribution of z.
+    linear: A linear function of trees of float32 arrays shaped as the
+      parameters. It may close over traced arrays.
+  Returns:
+    A :class:`Direction`; E[z zᵀ] is the identity only if `linear` is
+    orthogonal.
+  """
+
+  def sample(key, params):
+    return linear(_arrays(direction.sample(key, params)))
+
+  def perturb(params, z, scale):
+    return jax.tree.map(lambda leaf, zi: _add(leaf, zi, scale), params, z)
+
+  def combine(keys, coefficients, params, probe_map=None):
+    total = direction.combine(keys, coefficients, params, probe_map)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), total)
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), linear(wide), params)
+
+  return Direction(sample, perturb, combine)
+
+
+def normalized(direction: Direction, norm: str = "l2") -> Direction:
+  """Gives every direction the same length, over all leaves together.
+
+  With d parameters "l2" makes ‖z‖₂ = √d and "l1" makes ‖z‖₁ = d, so that
+  epsilon keeps its meaning. `normalized(normal())` is uniform on a sphere;
+  signs are normalised already.
+
+  Args:
+    direction: Distribution before normalisation. Low-rank directions are
+      formed.
+    norm: "l2" or "l1".
+  Returns:
+    A :class:`Direction`.
+  Raises:
+    ValueError: If `norm` is unknown.
+  """
+  if norm not in ("l1", "l2"):
+    raise ValueError(f"unknown norm {norm!r}. Choose l1 or l2.")
+
+  def stretch(z):
+    leaves = jax.tree.leaves(_arrays(z))
+    size = float(sum(leaf.size for leaf in leaves))
+    if norm == "l1":
+      return size / sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves)
+    return jnp.sqrt(size / sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+
+  def sample(key, params):
+    z = direction.sample(key, params)
+    scale = stretch(z)
+    return jax.tree.map(lambda zi: scale * zi, _arrays(z))
+
+  def perturb(params, z, scale):
+    return jax.tree.map(lambda leaf, zi: _add(leaf, zi, scale), params, z)
+
+  def combine(keys, coefficients, params, probe_map=None):
+    probe_map = probe_map or probe_maps.sequential()
+    scales = probe_map.map(
+      lambda key: stretch(direction.sample(key, params)), keys
+    )
+    return direction.combine(keys, coefficients * scales, params, probe_map)
+
+  return Direction(sample, perturb, combine)
+
+
+def grouped(
+  direction: Direction, aggregator: aggregators.Aggregator, groups: int
+) -> Direction:
+  """Sums the probes of each group, then aggregates the groups' means.
+
+  Args:
+    direction: Distribution of z.
+    aggregator: Turns the groups' gradients into one.
+    groups: Number of groups; it must divide the number of probes.
+  Returns:
+    A :class:`Direction`; with `aggregators.mean()` the same as `direction`.
+  Raises:
+    ValueError: If `groups` is not positive, or, in `combine`, does not divide
+      the number of probes.
+  """
+  if groups < 1:
+    raise ValueError(
+      f"groups must be positive, got {groups}. Choose 1 or more."
+    )
+
+  def combine(keys, coefficients, params, probe_map=None):
+    if len(coefficients) % groups:
+      raise ValueError(
+        f"groups must divide the number of probes, got {groups=} and "
+        f"{len(coefficients)} probes. Choose a divisor."
+      )
+
+    def group(index):
+      # The coefficients hold the 1/n of the mean over all probes.
+      part = lambda x: x.reshape(groups, -1)[index]
+      return direction.combine(
+        part(keys), groups * part(coefficients), params, probe_map
+      )
+
+    return aggregator(group, jnp.arange(groups))
+
+  return direction._replace(combine=combine)

@@ -13,9 +13,14 @@ JSONL_NAME = "metrics.jsonl"
 
 
 class Logger(Protocol):
-  """Takes the metrics of a step; `close` ends it."""
+  """Takes the metrics of a step; `close` ends it.
+
+  After `rewind(step)` the steps that follow `step` are logged again.
+  """
 
   def log(self, step: int, values: dict[str, float]) -> None: ...
+
+  def rewind(self, step: int) -> None: ...
 
   def close(self) -> None: ...
 
@@ -28,15 +33,22 @@ class JsonlLogger:
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
-    path = workdir / JSONL_NAME
-    kept = [line for line in read_jsonl(path) if line["step"] <= first_step]
-    scratch = path.with_suffix(".tmp")
+    self._path = workdir / JSONL_NAME
+    self._file = self._kept(first_step)
+
+  def _kept(self, step):
+    kept = [line for line in read_jsonl(self._path) if line["step"] <= step]
+    scratch = self._path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(scratch, path)
-    self._file = path.open("a", buffering=1)
+    os.replace(scratch, self._path)
+    return self._path.open("a", buffering=1)
 
   def log(self, step, values):
     self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+  def rewind(self, step):
+    self._file.close()
+    self._file = self._kept(step)
 
   def close(self):
     self._file.close()
@@ -93,6 +105,9 @@ class TerminalLogger:
     else:
       print(f"step {step}/{self._steps} {text} ETA {self._eta(step):.0f}s")
 
+  def rewind(self, step):
+    self._start = (time.monotonic(), step)
+
   def _eta(self, step):
     start, first_step = self._start
     pace = (time.monotonic() - start) / max(step - first_step, 1)
@@ -121,6 +136,9 @@ class TensorBoardLogger:
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
+  def rewind(self, step):
+    """Leaves the curve, which goes back."""
+
   def close(self):
     self._writer.close()
 
@@ -142,6 +160,9 @@ class WandbLogger:
 
   def log(self, step, values):
     self._run.log(values, step=step)
+
+  def rewind(self, step):
+    """W&B drops what comes for steps that it has seen."""
 
   def close(self):
     self._run.finish()

@@ -1,7 +1,7 @@
 """Losses and accuracies of a model that streams through its sequences."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,22 @@ class Sums(NamedTuple):
   count: jax.Array
 
 
-def stream_sums(model: Model, task: Task, params, split: Split) -> Sums:
-  """Runs the model through the sequences of a split.
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Cross-entropy [...] in nats of logits [..., V] and tokens [...]."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def stream(
+  model: Model,
+  task: Task,
+  params,
+  split: Split,
+  carry: Any,
+  first_chunk: Any = 0,
+  checkpoint: bool = False,
+  truncation: int = 0,
+) -> tuple[Any, Sums]:
+  """Runs the model through a part of the sequences of a split.
 
   Only one chunk of time is held at once, whatever the length.
 
@@ -35,30 +49,51 @@ def stream_sums(model: Model, task: Task, params, split: Split) -> Sums:
     model: The model.
     task: Cuts the chunks.
     params: The model's parameters, perhaps perturbed.
-    split: The sequences, B of them.
+    split: The sequences, B of them, and the number of chunks to read.
+    carry: The state before the first of them.
+    first_chunk: Its index.
+    checkpoint: Whether a gradient computes each chunk again.
+    truncation: Chunks after which a gradient through time ends; 0 for none.
   Returns:
-    :class:`Sums` per sequence.
+    The state after the last chunk, and :class:`Sums` per sequence.
   """
   data, batch, num_chunks = split
-  first = jax.eval_shape(lambda: task.chunk(data, batch, 0))
-  rows = first.inputs.shape[0]
+  rows = jax.eval_shape(lambda: task.chunk(data, batch, 0)).inputs.shape[0]
   zeros = jnp.zeros(rows, jnp.float32)
 
   def body(state, index):
     carry, sums = state
-    chunk = task.chunk(data, batch, index)
+    if truncation:
+      ends = (index > 0) & (index % truncation == 0)
+      carry = jax.tree.map(
+        lambda x: jnp.where(ends, jax.lax.stop_gradient(x), x), carry
+      )
+    chunk = task.chunk(data, batch, first_chunk + index)
     carry, logits = model.apply(params, carry, chunk.inputs)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, chunk.targets
-    )
+    losses = cross_entropy(logits, chunk.targets)
     correct = logits.argmax(-1) == chunk.targets
     new = Sums(losses, correct, jnp.ones_like(losses))
     add = lambda total, x: total + jnp.sum(x * chunk.weights, axis=-1)
     return (carry, jax.tree.map(add, sums, new)), None
 
-  state = (model.initial_carry(params, rows), Sums(zeros, zeros, zeros))
-  (_, sums), _ = jax.lax.scan(body, state, jnp.arange(num_chunks))
-  return sums
+  if checkpoint:
+    body = jax.checkpoint(body)
+  state = (carry, Sums(zeros, zeros, zeros))
+  return jax.lax.scan(body, state, jnp.arange(num_chunks))[0]
+
+
+def stream_sums(
+  model: Model,
+  task: Task,
+  params,
+  split: Split,
+  checkpoint: bool = False,
+  truncation: int = 0,
+) -> Sums:
+  """:func:`stream` from the first chunk on, without the state it ends in."""
+  first = jax.eval_shape(lambda: task.chunk(split.data, split.batch, 0))
+  carry = model.initial_carry(params, first.inputs.shape[0])
+  return stream(model, task, params, split, carry, 0, checkpoint, truncation)[1]
 
 
 def mean_loss(model: Model, task: Task, data, params, batch) -> jax.Array:

@@ -57,14 +57,15 @@ def _dense(w: Perturbed) -> jax.Array:
   return (w.value + w.scale * delta).astype(w.dtype)
 
 
-def _is_perturbed(leaf) -> bool:
+def is_perturbed(leaf) -> bool:
+  """Whether a leaf is :class:`Perturbed`."""
   return isinstance(leaf, Perturbed)
 
 
 def materialize(tree: types.PyTree) -> types.PyTree:
   """Replaces every :class:`Perturbed` leaf of `tree` by its plain array."""
   return jax.tree.map(
-    lambda x: _dense(x) if _is_perturbed(x) else x, tree, is_leaf=_is_perturbed
+    lambda x: _dense(x) if is_perturbed(x) else x, tree, is_leaf=is_perturbed
   )
 
 
@@ -99,9 +100,9 @@ def matmul(x, w):
     [..., B, k], accumulated in float32 or wider. Perturbed (of the summed
     rank) when `x` is Perturbed, otherwise an array.
   """
-  if _is_perturbed(x):
+  if is_perturbed(x):
     return _matmul_perturbed(x, w)
-  if not _is_perturbed(w):
+  if not is_perturbed(w):
     return _matmul(x, w)
   if x.ndim == 1:
     return matmul(x[None], w)[..., 0, :]
@@ -123,7 +124,7 @@ def _lift(x: jax.Array, rank: int) -> jax.Array:
 
 def _matmul_perturbed(x: Perturbed, w) -> Perturbed:
   """(X + s a bᵀ)(W + s c dᵀ) = XW + s [a (bᵀW + s (bᵀc) dᵀ) + (Xc) dᵀ]."""
-  if not _is_perturbed(w):
+  if not is_perturbed(w):
     return Perturbed(_matmul(x.value, w), x.left, _matmul(x.right, w), x.scale)
   left = jnp.concatenate([x.left, _matmul(w.left, x.value.mT)], axis=-2)
   cross = _matmul(x.right, w.left.mT)
@@ -143,7 +144,7 @@ def take(w, indices: jax.Array) -> jax.Array:
   Raises:
     ValueError: If `w` is Perturbed and not a matrix.
   """
-  if not _is_perturbed(w):
+  if not is_perturbed(w):
     return jnp.take(w, indices, axis=0, mode="clip")
   if w.ndim != 2:
     raise ValueError(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from zorn_jax import metrics
-from zorn_jax.step import Experiment, init_state, sample_batch, train_step
+from zorn_jax.methods import Keys
+from zorn_jax.step import Experiment, init_state, train_step
 
 # Primitives whose result a compiler writes to memory even if it is used once.
 _MATERIALIZED = {
@@ -51,7 +51,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   n = experiment.num_probes
   return {
     "parameters": d,
-    "forward_passes_per_step": experiment.estimator.queries_per_step,
+    "forward_passes_per_step": experiment.method.passes_per_step,
     "forward_flops_per_step": cost(queries.jaxpr).flops,
     "peak_bytes_estimate": _bytes(step.in_avals) + cost(step.jaxpr).peak_bytes,
     "collective_bytes_per_step": 0,  # One device.
@@ -61,16 +61,16 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
 def _query(experiment, state, data):
   """The forward passes of a step."""
-  batch = sample_batch(experiment, data, state.data_key)
-
-  def loss_fn(params, batch):
-    return metrics.mean_loss(
-      experiment.model, experiment.task, data, params, batch
-    )
-
-  return experiment.estimator.query(
-    loss_fn, state.params, batch, state.estimator_state, state.probe_key
+  keys = Keys(state.probe_key, state.data_key)
+  losses, _ = experiment.method.query(
+    state.params,
+    state.method_state,
+    data,
+    keys,
+    state.step,
+    experiment.epsilon,
   )
+  return losses
 
 
 def cost(jaxpr: core.Jaxpr) -> Cost:

@@ -1,14 +1,16 @@
 """One training step, as a pure function of the state."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from zorn_jax import metrics, types
-from zorn_jax.estimators import Estimator
+from zorn_jax import control, metrics
+from zorn_jax.methods import Keys, Method
 from zorn_jax.models import Model
+from zorn_jax.search import Search
 from zorn_jax.tasks import Task
 from zorn_jax.train_state import TrainState
 
@@ -19,10 +21,15 @@ class Experiment(NamedTuple):
   Attributes:
     model: What is trained.
     task: What it is trained on.
-    estimator: How its gradient is estimated.
+    method: Where its gradient comes from.
     optimizer: What is done with the gradient.
-    num_probes: Directions n per step.
-    batch_per_probe: Whether every probe sees a batch of its own.
+    watch: What is done when the loss explodes or stands still.
+    search: How the learning rate is searched for; None to take it as it is.
+    num_probes: Directions n per step; 0 for BPTT.
+    peak_rate: The learning rate that the schedule multiplies.
+    epsilon: Smoothing radius; 0 for a method that has none.
+    epsilon_schedule: (step) -> what the learning rate's schedule multiplies
+      epsilon with; None for an epsilon that stays.
     seed: Root of every random number.
     steps: Steps of the whole run.
     evaluate_every: Steps between validations.
@@ -32,10 +39,14 @@ class Experiment(NamedTuple):
 
   model: Model
   task: Task
-  estimator: Estimator
+  method: Method
   optimizer: optax.GradientTransformation
+  watch: control.Watch
+  search: Search | None
   num_probes: int
-  batch_per_probe: bool
+  peak_rate: float
+  epsilon: float
+  epsilon_schedule: Callable[[jax.Array], jax.Array] | None
   seed: int
   steps: int
   evaluate_every: int
@@ -53,21 +64,11 @@ def init_state(experiment: Experiment) -> TrainState:
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=experiment.optimizer.init(params),
-    estimator_state=experiment.estimator.init(params),
+    method_state=experiment.method.init(params),
+    control=control.init(experiment.watch),
     probe_key=probe_key,
     data_key=data_key,
   )
-
-
-def sample_batch(experiment: Experiment, data, key: types.Key) -> types.Batch:
-  """The batch of one step, [n, ...] where every probe has its own.
-
-  Batch i depends on `key` and i alone, not on the number of probes.
-  """
-  sample = lambda i: experiment.task.sample(data, jax.random.fold_in(key, i))
-  if experiment.batch_per_probe:
-    return jax.vmap(sample)(jnp.arange(experiment.num_probes))
-  return sample(0)
 
 
 def train_step(
@@ -82,39 +83,39 @@ def train_step(
   Returns:
     The state after the step, and scalars: `loss`, the mean of the finite
     queries; `spread`, their standard deviation; `grad_norm`; `dropped`, the
-    number of queries that were not finite.
+    number of queries that were not finite; `scale`, what the learning rate was
+    multiplied with.
   """
-  model, task, estimator = (
-    experiment.model,
-    experiment.task,
-    experiment.estimator,
+  method = experiment.method
+  keys = Keys(jax.random.fold_in(state.probe_key, state.step), state.data_key)
+  scale = control.scale(state.control)
+  epsilon = experiment.epsilon
+  if experiment.epsilon_schedule:
+    epsilon = epsilon * scale * experiment.epsilon_schedule(state.step)
+  queried, measured = method.query(
+    state.params, state.method_state, data, keys, state.step, epsilon
   )
-  probe_key = jax.random.fold_in(state.probe_key, state.step)
-  data_key = jax.random.fold_in(state.data_key, state.step)
-  batch = sample_batch(experiment, data, data_key)
-
-  def loss_fn(params, batch):
-    return metrics.mean_loss(model, task, data, params, batch)
-
-  losses = estimator.query(
-    loss_fn, state.params, batch, state.estimator_state, probe_key
-  )
-  grads, estimator_state = estimator.update(
-    losses, state.params, state.estimator_state, probe_key
+  grads, method_state = method.update(
+    queried, measured, state.params, state.method_state, keys, epsilon
   )
   updates, opt_state = experiment.optimizer.update(
     grads, state.opt_state, state.params
   )
+  updates = jax.tree.map(lambda x: scale * x, updates)
+  losses = queried[:, : method.num_losses]
   finite = jnp.isfinite(losses)
+  loss = jnp.mean(losses, where=finite)
   new_state = state._replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
-    estimator_state=estimator_state,
+    method_state=method_state,
+    control=control.observe(experiment.watch, state.control, loss),
   )
   return new_state, {
-    "loss": jnp.mean(losses, where=finite),
+    "loss": loss,
     "spread": jnp.std(losses, where=finite),
     "grad_norm": metrics.norm(grads),
     "dropped": jnp.sum(~finite),
+    "scale": scale,
   }

@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
-from zorn_jax import evaluate, loggers, plots
+from zorn_jax import control, evaluate, loggers, plots, search
 from zorn_jax.checkpoint import Checkpoints
 from zorn_jax.step import Experiment, init_state, train_step
+from zorn_jax.train_state import TrainState
 
 CONFIG_NAME = "config.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -123,7 +125,9 @@ def train(
     for logger in logs:
       stack.callback(logger.close)
     seconds = loggers.last_seconds(workdir)
-    run = _Run(experiment, checkpoints, logs, stopped, seconds)
+    run = _Run(
+      experiment, jax.jit(initial), checkpoints, logs, stopped, seconds
+    )
     step = _loop(run, state, first_step)
   plots.plot_losses(workdir)
   return step == experiment.steps
@@ -153,6 +157,7 @@ class _Run(NamedTuple):
   """What the loop needs beside its state."""
 
   experiment: Experiment
+  initial: Callable[[], TrainState]
   checkpoints: Checkpoints
   logs: list[loggers.Logger]
   stopped: Callable[[], bool]
@@ -162,31 +167,100 @@ class _Run(NamedTuple):
 def _loop(run, state, step):
   """Trains from `step` on; returns the number of the last step."""
   experiment = run.experiment
-  run_step = jax.jit(partial(train_step, experiment), donate_argnums=0)
+  advance = jax.jit(partial(train_step, experiment), donate_argnums=0)
   score = evaluate.evaluator(experiment.model, experiment.task)
   valid = experiment.task.splits["valid"]()
   data = jax.device_put(experiment.task.data)
-  saved = step
+  saved, rollbacks = step, 0
   meter = _Meter(experiment, step, run.seconds)
+  if experiment.search and step == 0:
+    state = _searched(experiment, state, data)
   while step < experiment.steps and not run.stopped():
-    state, step_metrics = run_step(state, data)
+    state, step_metrics = advance(state, data)
     step += 1
+    due = partial(_due, experiment, step)
+    logging_now, saving = map(
+      due, (experiment.log_every, experiment.checkpoint_every)
+    )
+    if (logging_now or saving) and bool(state.control.exploded):
+      rollbacks += 1
+      state, step = _roll_back(run, state, step, rollbacks)
+      meter.restart(step)
+      saved = step
+      continue
     values = {}
-    if _due(experiment, step, experiment.log_every):
+    if logging_now:
       values |= {name: float(x) for name, x in step_metrics.items()}
       values |= meter.read(step)
-    if _due(experiment, step, experiment.evaluate_every):
+      if _wants_search(experiment, state):
+        state = _searched(experiment, state, data)
+    if due(experiment.evaluate_every):
       scores = score(state.params, valid)
       values |= {f"valid_{name}": x for name, x in scores.items()}
     if values:
       for logger in run.logs:
         logger.log(step, values)
-    if _due(experiment, step, experiment.checkpoint_every):
+    if saving:
       run.checkpoints.save(step, state, _rank_by(values))
-      saved = step
+      saved, rollbacks = step, 0
   if saved != step:
     run.checkpoints.save(step, state, {})
   return step
+
+
+def _roll_back(run, state, step, rollbacks):
+  """The newest checkpoint, or the start, with a smaller learning rate."""
+  loss = float(state.control.average)
+  if rollbacks > run.experiment.watch.max_rollbacks:
+    raise ValueError(
+      f"the loss exploded before step {step} for the {rollbacks}th time in a "
+      f"row (its average was {loss:.4g}). Lower the learning rate, or raise "
+      "epsilon if the losses are not finite."
+    )
+  del state  # One copy at a time.
+  restored = run.checkpoints.restore(jax.eval_shape(run.initial))
+  state, back = (run.initial(), 0) if restored is None else restored[:2]
+  scale = state.control.scale * 0.5**rollbacks
+  logging.warning(
+    "the loss exploded before step %d (its average was %.4g): going on from "
+    "step %d with %.3g times the learning rate",
+    step,
+    loss,
+    back,
+    float(scale),
+  )
+  for logger in run.logs:
+    logger.rewind(back)
+  return state._replace(control=state.control._replace(scale=scale)), back
+
+
+def _wants_search(experiment, state):
+  """Whether the loss stands still and a search is to find another rate."""
+  if not (experiment.search and experiment.search.on_plateau):
+    return False
+  return float(state.control.plateau.scale) < 1
+
+
+def _searched(experiment, state, data):
+  """The state with the learning rate that the search likes best."""
+  step = jax.jit(partial(train_step, experiment))
+  fresh = control.init(experiment.watch)
+
+  def with_rate(rate):
+    scale = jnp.float32(rate / experiment.peak_rate)
+    return state._replace(control=fresh._replace(scale=scale))
+
+  def trial(rate):
+    tried = with_rate(rate)
+    for _ in range(experiment.search.steps):
+      tried, _ = step(tried, data)
+    # The losses after the last step, on the data and probes of the first.
+    _, values = step(tried._replace(step=state.step), data)
+    return float(values["loss"])
+
+  rate = search.best_rate(experiment.search, trial)
+  logging.info("the search found a learning rate of %.3g", rate)
+  return with_rate(rate)
 
 
 def _due(experiment, step, every):
@@ -206,9 +280,15 @@ class _Meter:
 
   def __init__(self, experiment, step, seconds):
     tokens = experiment.task.tokens_per_batch
-    self._tokens_per_step = experiment.estimator.queries_per_step * tokens
+    self._tokens_per_step = experiment.method.passes_per_step * tokens
     self._seconds = seconds
     self._last = (time.monotonic(), step)
+
+  def restart(self, step):
+    """Counts from `step` on; the time of what was rolled back is kept."""
+    now = time.monotonic()
+    self._seconds += now - self._last[0]
+    self._last = (now, step)
 
   def read(self, step):
     before, last_step = self._last

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zorn_jax import types
+from zorn_jax.control import Control
 
 
 class TrainState(NamedTuple):
@@ -17,7 +18,9 @@ class TrainState(NamedTuple):
     step: Steps taken so far, an int32 scalar array.
     params: The parameters.
     opt_state: State of the optax optimiser.
-    estimator_state: State of the estimator; `()` for a stateless one.
+    method_state: State of the method, such as an estimator's; `()` for a
+      stateless one.
+    control: State of what watches the loss.
     probe_key: Root key of the directions, never advanced: steps fold their
       number into it.
     data_key: Root key of the data, independent of `probe_key`.
@@ -26,7 +29,8 @@ class TrainState(NamedTuple):
   step: jax.Array
   params: types.Params
   opt_state: Any
-  estimator_state: Any
+  method_state: Any
+  control: Control
   probe_key: types.Key
   data_key: types.Key
 

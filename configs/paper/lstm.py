@@ -34,6 +34,7 @@ def get_config(size="tiny"):
   config.num_probes = 96
   config.learning_rate = learning_rate
   config.epsilon = config.get_ref("learning_rate")
+  config.epsilon_schedule = "constant"
   config.log_every = 1
   config.evaluate_every = 10
   config.checkpoint_every = 100
@@ -75,4 +76,18 @@ def get_config(size="tiny"):
   config.optimizer.momentum = 0.0
   config.optimizer.schedule = "constant"
   config.optimizer.warmup_steps = 0
+
+  config.watch = ml_collections.ConfigDict()
+  config.watch.explosion = 0.0  # Times the average loss; 0 to let it.
+  config.watch.max_rollbacks = 5
+  config.watch.patience = 0  # Log periods without progress; 0 for no end.
+  config.watch.threshold = 0.01  # Progress, relative to the best loss.
+
+  config.search = ml_collections.ConfigDict()
+  config.search.enabled = False
+  config.search.low = 1e-5
+  config.search.high = 0.1
+  config.search.depth = 3
+  config.search.steps = 1
+  config.search.on_plateau = False
   return config

@@ -1,11 +1,8 @@
 """Gradient estimates from differences of losses along random directions."""
 
-import jax
-import jax.numpy as jnp
-
-from zorn_jax import directions, probe_map as probe_maps, types
-from zorn_jax.estimators import shaping as shapings
-from zorn_jax.estimators.types import Estimator, LossFn
+from zorn_jax import directions, probe_map as probe_maps
+from zorn_jax.estimators import stencil
+from zorn_jax.estimators.types import Estimator
 
 
 def central_difference(
@@ -43,17 +40,18 @@ def central_difference(
   def slopes(losses):
     return (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
 
-  return _finite_difference(
+  probes = stencil.probes(
     epsilon,
     num_probes,
-    direction,
-    probe_map,
-    shaping,
-    batch_per_probe,
-    scales=(epsilon, -epsilon),
+    ((1, 0), (-1, 0)),
+    slopes,
     clean=False,
-    slopes=slopes,
+    direction=direction,
+    probe_map=probe_map,
+    shaping=shaping,
+    batch_per_probe=batch_per_probe,
   )
+  return stencil.fresh(probes, num_probes)
 
 
 def forward_difference(
@@ -101,102 +99,15 @@ def forward_difference(
     backward = (losses[:, 2] - losses[:, 0]) / epsilon
     return (forward - backward) / 2
 
-  return _finite_difference(
+  probes = stencil.probes(
     epsilon,
     num_probes,
-    direction,
-    probe_map,
-    shaping,
-    batch_per_probe,
-    scales=(epsilon, -epsilon) if antithetic else (epsilon,),
+    ((1, 0), (-1, 0)) if antithetic else ((1, 0),),
+    slopes,
     clean=True,
-    slopes=slopes,
+    direction=direction,
+    probe_map=probe_map,
+    shaping=shaping,
+    batch_per_probe=batch_per_probe,
   )
-
-
-def _finite_difference(
-  epsilon,
-  num_probes,
-  direction,
-  probe_map,
-  shaping,
-  batch_per_probe,
-  *,
-  scales,
-  clean,
-  slopes,
-):
-  """The spine: queries at `scales` along z, then slopes, then a sum of z."""
-  if not epsilon > 0:
-    raise ValueError(
-      f"epsilon must be positive, got {epsilon}. Choose for example 1e-2."
-    )
-  if num_probes < 1:
-    raise ValueError(
-      f"num_probes must be at least 1, got {num_probes}. Choose for example 96."
-    )
-  shapings.check(shaping)
-  direction = direction or directions.rademacher()
-  probe_map = probe_map or probe_maps.sequential()
-
-  def query(loss_fn, params, batch, state, key):
-    del state
-    loss_fn = _scalar(loss_fn)
-
-    def probe_losses(probe_key, batch):
-      z = direction.sample(probe_key, params)
-      at = lambda scale: loss_fn(direction.perturb(params, z, scale), batch)
-      return jax.vmap(at)(jnp.asarray(scales, jnp.float32))
-
-    keys = probe_keys(key, num_probes)
-    if batch_per_probe:
-      _check_batch(batch, num_probes)
-      losses = probe_map.map(lambda x: probe_losses(*x), (keys, batch))
-      if clean:
-        first = probe_map.map(lambda x: loss_fn(params, x[1]), (keys, batch))
-    else:
-      losses = probe_map.map(lambda key: probe_losses(key, batch), keys)
-      if clean:
-        first = jnp.full(num_probes, loss_fn(params, batch))
-    return jnp.column_stack([first, losses]) if clean else losses
-
-  def update(losses, params, state, key):
-    losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
-    weights = shapings.coefficients(slopes(losses), shaping)
-    keys = probe_keys(key, num_probes)
-    return direction.combine(keys, weights, params, probe_map), state
-
-  queries = num_probes * len(scales)
-  if clean:
-    queries += num_probes if batch_per_probe else 1
-  return Estimator(lambda params: (), query, update, queries)
-
-
-def probe_keys(key: types.Key, num_probes: int) -> types.Key:
-  """One key per probe [n]; probe i has the same key whatever n is."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_probes))
-
-
-def _scalar(loss_fn: LossFn) -> LossFn:
-  """`loss_fn`, checked to return a scalar, as float32."""
-
-  def checked(params, batch):
-    loss = jnp.asarray(loss_fn(params, batch))
-    if loss.shape:
-      raise ValueError(
-        f"loss_fn must return a scalar, got shape {loss.shape}. "
-        "Take the mean of the losses of the batch."
-      )
-    return loss.astype(jnp.float32)
-
-  return checked
-
-
-def _check_batch(batch, num_probes):
-  sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-  if not sizes <= {(num_probes,)}:
-    raise ValueError(
-      "with batch_per_probe every leaf of the batch has a leading axis of "
-      f"{num_probes=}, got leading axes {sorted(sizes)}. Stack one batch for "
-      "each probe, or drop batch_per_probe."
-    )
+  return stencil.fresh(probes, num_probes)

@@ -14,7 +14,7 @@ UpdateFn = Callable[..., tuple[types.Grads, Any]]
 
 
 class Estimator(NamedTuple):
-  """A gradient estimate from scalar losses, as three pure functions.
+  """A gradient estimate from scalar losses, as pure functions.
 
   Attributes:
     init: (params) -> state; `()` for a stateless estimator.
@@ -23,9 +23,12 @@ class Estimator(NamedTuple):
     update: (losses, params, state, key) -> (grads, state). Needs neither the
       batch nor the loss: it draws the directions again from `key`.
     queries_per_step: Number of forward passes that `query` runs.
+    num_losses: How many of the q columns are losses, from the first on; the
+      others are slopes.
   """
 
   init: InitFn
   query: QueryFn
   update: UpdateFn
   queries_per_step: int
+  num_losses: int

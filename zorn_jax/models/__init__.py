@@ -8,7 +8,10 @@ from zorn_jax.models.types import Model
 
 
 def from_linen(module: nn.Module) -> Model:
-  """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`."""
+  """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`.
+
+  Its class may name its last layer in `READOUT`, its matrices in `DECAYED`.
+  """
 
   def init(key):
     def first_token(module):
@@ -22,7 +25,13 @@ def from_linen(module: nn.Module) -> Model:
   def apply(params, carry, tokens):
     return module.apply({"params": params}, carry, tokens)
 
-  return Model(init, initial_carry, apply)
+  return Model(
+    init,
+    initial_carry,
+    apply,
+    getattr(module, "READOUT", ()),
+    getattr(module, "DECAYED", ()),
+  )
 
 
 def lstm(**options) -> Model:

@@ -10,6 +10,7 @@ With gates (i, f, z, o) and heads n,
 """
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -49,6 +50,9 @@ class LSTM(nn.Module):
     ValueError: If a size is not positive, `hidden_size` is not a multiple of
       `num_heads`, or a named choice is unknown.
   """
+
+  READOUT: ClassVar = ("w_proj", "b_proj")
+  DECAYED: ClassVar = ("embed", "w_in", "r", "w_proj")
 
   vocab_size: int
   embedding_size: int

@@ -21,8 +21,13 @@ class Model(NamedTuple):
     apply: (params, carry, tokens [B, C]) -> (carry, logits [B, C, V]). Params
       may hold :class:`zorn_jax.perturbed.Perturbed` leaves. Two chunks, the
       carry handed on, give the logits of one.
+    readout: Names of the parameters of the last linear layer, on which no state
+      depends, at the top level of a dict; empty where there is none.
+    decayed: Names of the top-level parameters that weight decay shrinks.
   """
 
   init: InitFn
   initial_carry: CarryFn
   apply: ApplyFn
+  readout: tuple[str, ...] = ()
+  decayed: tuple[str, ...] = ()

@@ -1,0 +1,79 @@
+"""What watches the loss: smaller steps on a plateau, a halt on an explosion."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Control(NamedTuple):
+  """State of the watch, part of the training state.
+
+  Attributes:
+    scale: Multiplies the learning rate, float32; what the search found and the
+      roll-backs left of it.
+    average: Moving average of the loss, float32; NaN before the first.
+    exploded: Whether the loss exploded, after which the step is not to be
+      trusted until the run is rolled back.
+    plateau: State of optax's `reduce_on_plateau`; `()` without one.
+  """
+
+  scale: jax.Array
+  average: jax.Array
+  exploded: jax.Array
+  plateau: Any
+
+
+class Watch(NamedTuple):
+  """How the loss is watched.
+
+  Attributes:
+    explosion: The loss has exploded above this multiple of its average; 0 to
+      let it. A step without a finite loss has exploded, too.
+    max_rollbacks: Roll-backs to the same checkpoint before the run gives up.
+    plateau: optax's `reduce_on_plateau`; None for a scale that stays.
+  """
+
+  explosion: float = 0.0
+  max_rollbacks: int = 5
+  plateau: optax.GradientTransformationExtraArgs | None = None
+
+
+_DECAY = 0.95  # Of the average; a jump is measured against some 20 steps.
+
+
+def init(watch: Watch) -> Control:
+  """The state before the first step."""
+  return Control(
+    jnp.ones((), jnp.float32),
+    jnp.full((), jnp.nan, jnp.float32),
+    jnp.zeros((), bool),
+    watch.plateau.init(jnp.zeros(())) if watch.plateau else (),
+  )
+
+
+def scale(control: Control) -> jax.Array:
+  """What the learning rate is multiplied with."""
+  if not control.plateau:
+    return control.scale
+  return control.scale * control.plateau.scale
+
+
+def observe(watch: Watch, control: Control, loss: jax.Array) -> Control:
+  """Takes the loss of a step, which is NaN where no query was finite."""
+  known = jnp.isfinite(control.average)
+  exploded = control.exploded
+  if watch.explosion:
+    jumped = known & (loss > watch.explosion * control.average)
+    exploded = exploded | jumped | ~jnp.isfinite(loss)
+  average = _DECAY * control.average + (1 - _DECAY) * loss
+  average = jnp.where(known, average, loss)
+  # A loss that is not finite must not stay in an average.
+  finite = jnp.isfinite(loss)
+  average = jnp.where(finite, average, control.average)
+  plateau = control.plateau
+  if watch.plateau:
+    value = jnp.where(finite, loss, jnp.inf)
+    _, plateau = watch.plateau.update((), plateau, value=value)
+  return Control(control.scale, average, exploded, plateau)

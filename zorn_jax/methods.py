@@ -1,0 +1,286 @@
+"""Where a step's gradient comes from: forward passes, or BPTT beside them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zorn_jax import aggregators, metrics, types
+from zorn_jax.estimators import Estimator
+from zorn_jax.estimators.streaming import StreamingEstimator
+from zorn_jax.models import Model
+from zorn_jax.tasks import Split, Task
+
+
+class Keys(NamedTuple):
+  """The random numbers of a step.
+
+  Attributes:
+    probe: Of its directions.
+    data: Root of the data, the same in every step.
+  """
+
+  probe: types.Key
+  data: types.Key
+
+
+class Method(NamedTuple):
+  """A way to a gradient of the training loss.
+
+  Attributes:
+    init: (params) -> state.
+    query: (params, state, data, keys, step, epsilon) -> (losses [n, q],
+      measured): the passes through the model. `measured` is what is known
+      beside the scalars.
+    update: (losses, measured, params, state, keys, epsilon) -> (grads, state).
+    passes_per_step: Forward passes through a batch; a backward pass counts as
+      two, which is its cost.
+    num_losses: How many columns are losses, from the first on.
+  """
+
+  init: Callable[[types.Params], Any]
+  query: Callable[..., tuple[jax.Array, Any]]
+  update: Callable[..., tuple[types.Grads, Any]]
+  passes_per_step: float
+  num_losses: int
+
+
+def sample_batches(task: Task, data, key: types.Key, num_batches: int):
+  """Batches of one step, stacked: batch i depends on the key and i alone."""
+  sample = lambda i: task.sample(data, jax.random.fold_in(key, i))
+  return jax.vmap(sample)(jnp.arange(num_batches))
+
+
+def zero_order(
+  model: Model,
+  task: Task,
+  make: Callable[[Any], Estimator],
+  *,
+  num_probes: int,
+  batch_per_probe: bool,
+  readout_batches: int = 0,
+) -> Method:
+  """An estimator, with the exact gradient of the readout if wanted.
+
+  Args:
+    model: What is trained.
+    task: What it is trained on.
+    make: Makes the estimator for an epsilon.
+    num_probes: Directions n per step.
+    batch_per_probe: Whether every probe sees a batch of its own.
+    readout_batches: Batches on which the gradient of the readout is computed,
+      unperturbed; 0 estimates it as all the others.
+  Returns:
+    A :class:`Method`.
+  """
+  names = model.readout if readout_batches else ()
+  prototype = make(1.0)
+
+  def query(params, state, data, keys, step, epsilon):
+    data_key = jax.random.fold_in(keys.data, step)
+    num_batches = num_probes if batch_per_probe else 1
+    batch = sample_batches(task, data, data_key, num_batches)
+    if not batch_per_probe:
+      batch = jax.tree.map(lambda x: x[0], batch)
+    body, readout = _split(params, names)
+
+    def loss_fn(body, batch):
+      return metrics.mean_loss(model, task, data, body | readout, batch)
+
+    if not names:
+      loss_fn = lambda params, batch: metrics.mean_loss(
+        model, task, data, params, batch
+      )
+    losses = make(epsilon).query(loss_fn, body, batch, state, keys.probe)
+    if not names:
+      return losses, ()
+    batches = sample_batches(task, data, data_key, readout_batches)
+    batches = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
+    return losses, readout_gradient(model, task, data, params, batches)
+
+  def update(losses, measured, params, state, keys, epsilon):
+    body, _ = _split(params, names)
+    grads, state = make(epsilon).update(losses, body, state, keys.probe)
+    return (grads | measured if names else grads), state
+
+  # The readout needs its states and, once more, products as many as its own.
+  passes = prototype.queries_per_step + 2 * readout_batches
+  init = lambda params: prototype.init(_split(params, names)[0])
+  return Method(init, query, update, passes, prototype.num_losses)
+
+
+def _split(params, names):
+  """The parameters without those named, and those."""
+  if not names:
+    return params, {}
+  rest = {name: leaf for name, leaf in params.items() if name not in names}
+  return rest, {name: params[name] for name in names}
+
+
+def readout_gradient(
+  model: Model, task: Task, data, params: types.Params, batch: types.Batch
+) -> types.Grads:
+  r"""The exact gradient of the mean loss with respect to the readout.
+
+  No state depends on the readout, so that the gradient is a sum over time,
+  softmax errors times hidden states, which is accumulated while the states
+  stream by: :math:`\sum_t (p_t - y_t) h_t^T`. Nothing is propagated back
+  through time and only one chunk is held.
+
+  Args:
+    model: The model; `model.readout` names its last linear layer.
+    task: Cuts the chunks.
+    data: The task's data.
+    params: All parameters.
+    batch: The sequences.
+  Returns:
+    The gradient of the parameters in `model.readout`.
+  """
+  body, readout = _split(params, model.readout)
+  first = jax.eval_shape(lambda: task.chunk(data, batch, 0))
+  rows = first.inputs.shape[0]
+
+  def add_chunk(state, index):
+    carry, total, count = state
+    chunk = task.chunk(data, batch, index)
+
+    def loss(readout):
+      after, logits = model.apply(body | readout, carry, chunk.inputs)
+      losses = metrics.cross_entropy(logits, chunk.targets)
+      return jnp.sum(losses * chunk.weights), after
+
+    grads, carry = jax.grad(loss, has_aux=True)(readout)
+    add = lambda a, b: a + b.astype(jnp.float32)
+    total = jax.tree.map(add, total, grads)
+    return (carry, total, count + jnp.sum(chunk.weights)), None
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), readout)
+  state = (model.initial_carry(params, rows), zeros, jnp.zeros(()))
+  (_, total, count), _ = jax.lax.scan(
+    add_chunk, state, jnp.arange(task.num_chunks)
+  )
+  return jax.tree.map(lambda g, p: (g / count).astype(p.dtype), total, readout)
+
+
+def streaming(
+  model: Model,
+  task: Task,
+  make: Callable[[Any], StreamingEstimator],
+  *,
+  num_probes: int,
+  unrolls: int,
+) -> Method:
+  """An estimator whose probes carry their states from unroll to unroll.
+
+  Every probe reads a batch of its own, in `unrolls` truncated parts.
+  """
+  chunks = task.num_chunks // unrolls
+  if chunks * unrolls != task.num_chunks:
+    raise ValueError(
+      "unrolls must divide the chunks of a sequence, got "
+      f"{unrolls=}, {task.num_chunks} chunks. Choose a divisor."
+    )
+  prototype = make(1.0)
+
+  def rows():
+    batch = lambda: task.sample(task.data, jax.random.key(0))
+    chunk = lambda: task.chunk(task.data, batch(), 0)
+    return jax.eval_shape(chunk).inputs.shape[0]
+
+  def init(params):
+    carry = model.initial_carry(params, rows())
+    return prototype.init(params), prototype.init_carry(carry)
+
+  def query(params, state, data, keys, step, epsilon):
+    state, carries = state
+
+    def sample(probe, age):
+      # The data of an episode are those of the step in which it began.
+      began = step - age + unrolls  # Not negative.
+      key = jax.random.fold_in(jax.random.fold_in(keys.data, began), probe)
+      return task.sample(data, key), age
+
+    batch = jax.vmap(sample)(jnp.arange(num_probes), state.age)
+
+    def unroll(params, carry, batch, first):
+      batch, age = batch
+      start = model.initial_carry(params, rows())
+      carry = jax.tree.map(lambda a, b: jnp.where(first, a, b), start, carry)
+      split = Split(data, batch, chunks)
+      carry, sums = metrics.stream(
+        model, task, params, split, carry, age * chunks
+      )
+      return carry, jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.count), 1)
+
+    return make(epsilon).query(
+      unroll, params, batch, carries, state, keys.probe
+    )
+
+  def update(losses, carries, params, state, keys, epsilon):
+    grads, state = make(epsilon).update(losses, params, state[0], keys.probe)
+    return grads, (state, carries)
+
+  return Method(init, query, update, prototype.queries_per_step, 2)
+
+
+def bptt(
+  model: Model,
+  task: Task,
+  *,
+  micro_batches: int = 1,
+  truncation: int = 0,
+  checkpoint: bool = False,
+  aggregator: aggregators.Aggregator | None = None,
+) -> Method:
+  """Back-propagation through time, the baseline.
+
+  Args:
+    model: What is trained.
+    task: What it is trained on.
+    micro_batches: Batches whose gradients are accumulated, one at a time.
+    truncation: Chunks of time after which the gradient stops; 0 for none.
+    checkpoint: Whether the states within a chunk are computed again in the
+      backward pass instead of stored.
+    aggregator: What makes one gradient of those of the micro-batches; their
+      mean unless given.
+  Returns:
+    A :class:`Method`.
+  Raises:
+    ValueError: If a number is out of range.
+  """
+  if micro_batches < 1:
+    raise ValueError(
+      f"micro_batches must be positive, got {micro_batches}. Choose 1 or more."
+    )
+  if truncation < 0:
+    raise ValueError(
+      f"truncation must not be negative, got {truncation}. Choose 0 for none."
+    )
+  aggregator = aggregator or aggregators.mean()
+
+  def query(params, state, data, keys, step, epsilon):
+    del state, epsilon
+    data_key = jax.random.fold_in(keys.data, step)
+    batches = sample_batches(task, data, data_key, micro_batches)
+
+    def loss_fn(params, batch):
+      split = Split(data, batch, task.num_chunks)
+      sums = metrics.stream_sums(
+        model, task, params, split, checkpoint, truncation
+      )
+      return jnp.sum(sums.loss) / jnp.sum(sums.count)
+
+    def micro(batch):
+      loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+      return grads, loss
+
+    grads, losses = aggregator(micro, batches)
+    return losses[:, None], grads
+
+  def update(losses, grads, params, state, keys, epsilon):
+    del losses, params, keys, epsilon
+    return grads, state
+
+  passes = (4 if checkpoint else 3) * micro_batches
+  return Method(lambda params: (), query, update, passes, 1)
