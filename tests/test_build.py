@@ -94,3 +94,61 @@ def test_every_config_builds_and_says_its_command(path: pathlib.Path):
 def test_epsilon_of_the_paper_follows_the_learning_rate():
   path = small.ROOT / "configs" / "paper" / "lstm.py"
   assert small.config(path, "tiny", learning_rate=0.5).epsilon == 0.5
+
+
+def changed(variant, field, value, **estimator):
+  config = small.config(SHAKESPEARE, variant)
+  with config.unlocked():
+    config[field] = value
+    config.estimator.update(estimator)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("variant", "field", "value", "estimator", "fact"),
+  [
+    ("bptt", "epsilon", 0.1, {}, "bptt has no epsilon.*Set it to 0"),
+    ("bptt", "num_probes", 8, {}, "bptt has no num_probes.*Set it to 0"),
+    ("bptt", "seed", 0, {"shaping": "std"}, "'bptt' does not take shaping"),
+    (
+      "recipe",
+      "seed",
+      0,
+      {"name": "forward_gradient"},
+      "forward_gradient has no epsilon, got epsilon=0.01",
+    ),
+    ("recipe", "seed", 0, {"antithetic": True}, "antithetic. Drop it"),
+    ("recipe", "seed", 0, {"readout": "fast"}, "unknown estimator.readout"),
+    ("recipe", "seed", 0, {"readout_batches": 0}, "needs readout_batches"),
+    ("pure", "seed", 0, {"readout_batches": 4}, "Set readout_batches to 0"),
+    ("recipe", "seed", 0, {"adaptive": 1.5}, "decay must lie in"),
+    (
+      "recipe",
+      "seed",
+      0,
+      {"name": "no"},
+      "bandit_spsa, bptt, central_difference, forward_difference",
+    ),
+  ],
+)
+def test_options_that_contradict_each_other(
+  variant, field, value, estimator, fact
+):
+  with pytest.raises(ValueError, match=fact):
+    build.experiment(changed(variant, field, value, **estimator))
+
+
+@pytest.mark.parametrize("variant", ["recipe", "pure", "plain", "nres", "bptt"])
+def test_variants_build(variant):
+  build.experiment(small.config(SHAKESPEARE, variant))
+
+
+def test_groups_of_probes_can_be_filtered():
+  build.experiment(
+    changed(
+      "recipe",
+      "seed",
+      0,
+      aggregator={"name": "gaf", "threshold": 1.0, "groups": 4},
+    )
+  )

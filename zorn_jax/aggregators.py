@@ -70,9 +70,10 @@ def gaf(threshold: float) -> Aggregator:
 
   def keep(total, count, grads):
     norm = _norm(grads)
-    # One after the other: the product of norms could leave float32's range.
-    cosine = _dot(total, grads) / _or_one(_norm(total)) / _or_one(norm)
-    agrees = 1 - jnp.clip(cosine, -1.0, 1.0) <= threshold
+    norms = norm * _norm(total)
+    cosine = _dot(total, grads) / jnp.where(norms > 0, norms, 1.0)
+    # Rounding may take it below -1, which a threshold of 2 is to keep.
+    agrees = 1 - jnp.maximum(cosine, -1.0) <= threshold
     return (agrees | (count == 0)) & (norm > 0) & jnp.isfinite(norm)
 
   return _mean_of_kept(keep, fewest=2)
@@ -122,8 +123,3 @@ def _dot(a, b):
 
 def _norm(tree):
   return jnp.sqrt(_dot(tree, tree))
-
-
-def _or_one(norm):
-  """`norm`, or 1 in the place of 0."""
-  return jnp.where(norm > 0, norm, 1.0)

@@ -355,6 +355,12 @@ def _search(config):
     return None
   result = search.Search(**options)
   search.check(result)
+  if config.optimizer.warmup_steps:
+    raise ValueError(
+      "the search tries rates in the first steps, which a warm-up would make "
+      f"small, got optimizer.warmup_steps={config.optimizer.warmup_steps}. "
+      "Set it to 0."
+    )
   if result.on_plateau and not config.watch.patience:
     raise ValueError(
       "search.on_plateau needs a plateau to be noticed, got watch.patience=0. "

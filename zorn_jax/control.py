@@ -30,7 +30,7 @@ class Watch(NamedTuple):
 
   Attributes:
     explosion: The loss has exploded above this multiple of its average; 0 to
-      let it. A step without a finite loss has exploded, too.
+      let it. A step without a finite loss has exploded in any case.
     max_rollbacks: Roll-backs to the same checkpoint before the run gives up.
     plateau: optax's `reduce_on_plateau`; None for a scale that stays.
   """
@@ -63,14 +63,13 @@ def scale(control: Control) -> jax.Array:
 def observe(watch: Watch, control: Control, loss: jax.Array) -> Control:
   """Takes the loss of a step, which is NaN where no query was finite."""
   known = jnp.isfinite(control.average)
-  exploded = control.exploded
+  finite = jnp.isfinite(loss)
+  exploded = control.exploded | ~finite
   if watch.explosion:
-    jumped = known & (loss > watch.explosion * control.average)
-    exploded = exploded | jumped | ~jnp.isfinite(loss)
+    exploded = exploded | (loss > watch.explosion * control.average)
   average = _DECAY * control.average + (1 - _DECAY) * loss
   average = jnp.where(known, average, loss)
   # A loss that is not finite must not stay in an average.
-  finite = jnp.isfinite(loss)
   average = jnp.where(finite, average, control.average)
   plateau = control.plateau
   if watch.plateau:

@@ -37,6 +37,7 @@ class Method(NamedTuple):
     passes_per_step: Forward passes through a batch; a backward pass counts as
       two, which is its cost.
     num_losses: How many columns are losses, from the first on.
+    estimated: (params) -> those whose gradient is estimated.
   """
 
   init: Callable[[types.Params], Any]
@@ -44,6 +45,7 @@ class Method(NamedTuple):
   update: Callable[..., tuple[types.Grads, Any]]
   passes_per_step: float
   num_losses: int
+  estimated: Callable[[types.Params], types.Params]
 
 
 def sample_batches(task: Task, data, key: types.Key, num_batches: int):
@@ -106,8 +108,9 @@ def zero_order(
 
   # The readout needs its states and, once more, products as many as its own.
   passes = prototype.queries_per_step + 2 * readout_batches
-  init = lambda params: prototype.init(_split(params, names)[0])
-  return Method(init, query, update, passes, prototype.num_losses)
+  estimated = lambda params: _split(params, names)[0]
+  init = lambda params: prototype.init(estimated(params))
+  return Method(init, query, update, passes, prototype.num_losses, estimated)
 
 
 def _split(params, names):
@@ -221,7 +224,8 @@ def streaming(
     grads, state = make(epsilon).update(losses, params, state[0], keys.probe)
     return grads, (state, carries)
 
-  return Method(init, query, update, prototype.queries_per_step, 2)
+  passes = prototype.queries_per_step / unrolls
+  return Method(init, query, update, passes, 2, lambda params: params)
 
 
 def bptt(
@@ -271,11 +275,13 @@ def bptt(
       )
       return jnp.sum(sums.loss) / jnp.sum(sums.count)
 
-    def micro(batch):
-      loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    def micro(x):
+      loss, grads = jax.value_and_grad(loss_fn)(params, x[0])
       return grads, loss
 
-    grads, losses = aggregator(micro, batches)
+    # The index says how many there are where batches hold no arrays.
+    numbered = (batches, jnp.arange(micro_batches))
+    grads, losses = aggregator(micro, numbered, has_aux=True)
     return losses[:, None], grads
 
   def update(losses, grads, params, state, keys, epsilon):
@@ -283,4 +289,5 @@ def bptt(
     return grads, state
 
   passes = (4 if checkpoint else 3) * micro_batches
-  return Method(lambda params: (), query, update, passes, 1)
+  nothing = lambda params: ()
+  return Method(nothing, query, update, passes, 1, nothing)

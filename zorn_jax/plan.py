@@ -38,24 +38,28 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   """The size and cost of one step on one device.
 
   Returns:
-    `parameters` d; `forward_passes_per_step`; `forward_flops_per_step`, of all
-    matrix products in the queries; `peak_bytes_estimate`, arguments and
+    `parameters`; `forward_passes_per_step`, a backward pass counted as two;
+    `forward_flops_per_step`, of all matrix products in the queries (for BPTT
+    also those of the backward passes); `peak_bytes_estimate`, arguments and
     temporaries of the step; `collective_bytes_per_step`; `expected_cosine` of
-    estimate and gradient, √(n/(n+d)) for n directions.
+    estimate and gradient, √(n/(n+d)) for n directions and the d parameters
+    whose gradient is estimated.
   """
   state = jax.eval_shape(partial(init_state, experiment))
   data = jax.eval_shape(lambda: experiment.task.data)
   step = jax.make_jaxpr(partial(train_step, experiment))(state, data)
   queries = jax.make_jaxpr(partial(_query, experiment))(state, data)
-  d = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-  n = experiment.num_probes
+  size = lambda tree: sum(
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)
+  )
+  n, d = experiment.num_probes, size(experiment.method.estimated(state.params))
   return {
-    "parameters": d,
+    "parameters": size(state.params),
     "forward_passes_per_step": experiment.method.passes_per_step,
     "forward_flops_per_step": cost(queries.jaxpr).flops,
     "peak_bytes_estimate": _bytes(step.in_avals) + cost(step.jaxpr).peak_bytes,
     "collective_bytes_per_step": 0,  # One device.
-    "expected_cosine": math.sqrt(n / (n + d)),
+    "expected_cosine": math.sqrt(n / (n + d)) if d else 1.0,
   }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import signal
@@ -211,6 +212,11 @@ def _loop(run, state, step):
 def _roll_back(run, state, step, rollbacks):
   """The newest checkpoint, or the start, with a smaller learning rate."""
   loss = float(state.control.average)
+  if math.isnan(loss) and rollbacks == 1:
+    raise ValueError(
+      f"no loss was finite until step {step}: the model gives none from its "
+      "first batch on. Look at the model's initial scales and the data."
+    )
   if rollbacks > run.experiment.watch.max_rollbacks:
     raise ValueError(
       f"the loss exploded before step {step} for the {rollbacks}th time in a "
@@ -231,7 +237,9 @@ def _roll_back(run, state, step, rollbacks):
   )
   for logger in run.logs:
     logger.rewind(back)
-  return state._replace(control=state.control._replace(scale=scale)), back
+  # The checkpoint may lie on the way up: what comes is measured against itself.
+  again = state.control._replace(scale=scale, average=jnp.float32(jnp.nan))
+  return state._replace(control=again), back
 
 
 def _wants_search(experiment, state):

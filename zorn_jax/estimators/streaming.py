@@ -134,7 +134,7 @@ def _streaming(
   epsilon, num_probes, unrolls, direction, probe_map, shaping, stagger, slots
 ):
   """The spine: unroll s of an episode draws a direction if s < `slots`."""
-  if not isinstance(epsilon, jax.core.Tracer) and not epsilon > 0:
+  if not isinstance(epsilon, jax.Array) and not epsilon > 0:
     raise ValueError(
       f"epsilon must be positive, got {epsilon}. Choose for example 1e-2."
     )
