@@ -28,12 +28,12 @@ def get_config(variant="recipe"):
     )
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.steps = 1500
+  config.steps = 2000
   config.batch_size = 1
   config.num_probes = 512
   config.epsilon = 0.01
   config.epsilon_schedule = "constant"  # Or as the learning_rate's.
-  config.learning_rate = 0.02
+  config.learning_rate = 0.03
   config.log_every = 20
   config.evaluate_every = 250
   config.checkpoint_every = 500
@@ -97,6 +97,7 @@ def get_config(variant="recipe"):
 
   if variant in ("pure", "plain", "nres"):
     config.steps = 2500
+    config.learning_rate = 0.02
     config.estimator.readout = "estimated"
     config.estimator.readout_batches = 0
   if variant == "plain":

@@ -127,10 +127,10 @@ def table(record):
     f"Made by `{record['command']}`, Python {record['versions']['python']}, "
     f"jax {record['versions']['jax']}: {SIZE} dimensions, {PROBES} normal "
     "probes a step, steps until the distance to the minimum is "
-    f"{TARGET:g} of its start; the median of {SEEDS} seeds (smallest to largest) at the best of "
-    f"{len(RATES)} learning rates for each cell; in brackets how many times "
-    "fewer than the central difference needs. A dash: not every seed arrived "
-    f"within {MAX_STEPS:,} steps at any rate.",
+    f"{TARGET:g} of its start; the median of {SEEDS} seeds (smallest to "
+    f"largest) at the best of {len(RATES)} learning rates for each cell; in "
+    "brackets how many times fewer than the central difference needs. A dash: "
+    f"not every seed arrived within {MAX_STEPS:,} steps at any rate.",
     "",
     "![Steps against the condition number](compare_curvature.png)",
   ]

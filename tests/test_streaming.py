@@ -479,7 +479,7 @@ def test_a_wrong_option_is_named_with_its_remedy(row, options, message):
   ("size", "loss", "message"),
   [
     (3, 0.0, "num_probes=2, got leading axes.*Stack"),
-    (2, np.zeros(3), r"scalar loss, got shape \(3,\).*mean"),
+    (2, np.zeros(3), r"scalar, got shape \(3,\).*mean"),
   ],
 )
 def test_a_wrong_batch_or_loss_is_refused(size, loss, message):

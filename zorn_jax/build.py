@@ -110,6 +110,7 @@ def _task(config):
     if length in options:
       _check_positive(f"task.{length}", options[length])
   options["batch_size"] = config.batch_size
+  one_batch = options.pop("one_batch", False)
   if name == "language_model":
     source = options.pop("source")
     shakespeare = source == "shakespeare"
@@ -121,7 +122,8 @@ def _task(config):
     "copy": tasks.copy,
     "random_tokens": tasks.random_tokens,
   }
-  return _call(makers, "task", name, options)
+  task = _call(makers, "task", name, options)
+  return tasks.one_batch(task) if one_batch else task
 
 
 def _model(config, vocab_size):

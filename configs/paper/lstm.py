@@ -51,6 +51,7 @@ def get_config(size="tiny"):
     config.task.max_length = 10
     config.task.time_chunk = 21
     config.task.num_evaluation = 512
+    config.task.one_batch = False  # True to learn one batch by heart.
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "lstm"

@@ -142,17 +142,18 @@ def check(epsilon, num_probes: int, shaping: str) -> None:
 
 def scalar(loss_fn: LossFn) -> LossFn:
   """`loss_fn`, checked to return a scalar, as float32."""
+  return lambda params, batch: as_scalar(loss_fn(params, batch))
 
-  def checked(params, batch):
-    loss = jnp.asarray(loss_fn(params, batch))
-    if loss.shape:
-      raise ValueError(
-        f"loss_fn must return a scalar, got shape {loss.shape}. "
-        "Take the mean of the losses of the batch."
-      )
-    return loss.astype(jnp.float32)
 
-  return checked
+def as_scalar(loss) -> jax.Array:
+  """A loss as float32, checked to be a scalar."""
+  loss = jnp.asarray(loss)
+  if loss.shape:
+    raise ValueError(
+      f"loss_fn must return a scalar, got shape {loss.shape}. "
+      "Take the mean of the losses of the batch."
+    )
+  return loss.astype(jnp.float32)
 
 
 def check_batch(batch, num_probes: int) -> None:
@@ -160,7 +161,7 @@ def check_batch(batch, num_probes: int) -> None:
   sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
   if not sizes <= {(num_probes,)}:
     raise ValueError(
-      "with batch_per_probe every leaf of the batch has a leading axis of "
+      "with a batch for each probe every leaf has a leading axis of "
       f"{num_probes=}, got leading axes {sorted(sizes)}. Stack one batch for "
-      "each probe, or drop batch_per_probe."
+      "each probe; without batch_per_probe all see the same."
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zorn_jax import directions, probe_map as probe_maps, types
-from zorn_jax.estimators import shaping as shapings
+from zorn_jax.estimators import shaping as shapings, stencil
 from zorn_jax.estimators.stencil import probe_keys
 
 Carry = types.PyTree
@@ -134,16 +134,11 @@ def _streaming(
   epsilon, num_probes, unrolls, direction, probe_map, shaping, stagger, slots
 ):
   """The spine: unroll s of an episode draws a direction if s < `slots`."""
-  if not isinstance(epsilon, jax.Array) and not epsilon > 0:
+  stencil.check(epsilon, num_probes, shaping)
+  if unrolls < 1:
     raise ValueError(
-      f"epsilon must be positive, got {epsilon}. Choose for example 1e-2."
+      f"unrolls must be at least 1, got {unrolls}. Choose for example 16."
     )
-  for name, value in (("num_probes", num_probes), ("unrolls", unrolls)):
-    if value < 1:
-      raise ValueError(
-        f"{name} must be at least 1, got {value}. Choose for example 16."
-      )
-  shapings.check(shaping)
   direction = direction or directions.rademacher()
   probe_map = probe_map or probe_maps.sequential()
 
@@ -166,7 +161,7 @@ def _streaming(
     return jnp.where(new, drawn, state.keys)
 
   def query(unroll_fn, params, batch, carries, state, key):
-    _check_batch(batch, num_probes)
+    stencil.check_batch(batch, num_probes)
     scales = jnp.asarray([epsilon, -epsilon], jnp.float32)
     latest = jnp.minimum(state.age, slots - 1)
     keys = keys_now(state, key)[jnp.arange(num_probes), latest]
@@ -178,7 +173,7 @@ def _streaming(
       def at(scale, carry):
         point = direction.perturb(params, z, scale)
         carry, loss = unroll_fn(point, carry, batch, first)
-        return _scalar(loss), carry
+        return stencil.as_scalar(loss), carry
 
       return jax.vmap(at)(scales, carries)
 
@@ -198,22 +193,3 @@ def _streaming(
     return grads, StreamingState(age, left, keys)
 
   return StreamingEstimator(init, init_carry, query, update, 2 * num_probes)
-
-
-def _scalar(loss):
-  """The loss as float32, checked to be a scalar."""
-  if jnp.shape(loss):
-    raise ValueError(
-      f"unroll_fn must return a scalar loss, got shape {jnp.shape(loss)}. "
-      "Take the mean of the losses of the unroll."
-    )
-  return jnp.asarray(loss, jnp.float32)
-
-
-def _check_batch(batch, num_probes):
-  sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-  if not sizes <= {(num_probes,)}:
-    raise ValueError(
-      f"every leaf of the batch has a leading axis of {num_probes=}, got "
-      f"leading axes {sorted(sizes)}. Stack one batch for each probe."
-    )

@@ -63,3 +63,9 @@ class Task(NamedTuple):
   num_chunks: int
   tokens_per_batch: int
   splits: Mapping[str, Callable[[], Split]]
+
+
+def one_batch(task: Task) -> Task:
+  """The task whose every training batch is the same, to be learned by heart."""
+  sample = lambda data, key: task.sample(data, jax.random.key(0))
+  return task._replace(sample=sample)
