@@ -35,7 +35,7 @@ LABELS = {
   "bptt": "BPTT",
 }
 GRID = {"steps": 150, "evaluate_every": 50, "log_every": 10}
-BPTT_GRID = {"steps": 600, "evaluate_every": 600, "log_every": 100}
+BPTT_GRID = {"steps": 2000, "evaluate_every": 2000, "log_every": 100}
 PACE = {"steps": 160, "evaluate_every": 160, "log_every": 20}
 RUNS = {
   "plain": {"steps": 700, "evaluate_every": 20, "log_every": 20},

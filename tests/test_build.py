@@ -117,6 +117,7 @@ def changed(variant, field, value, **estimator):
       {"name": "forward_gradient"},
       "forward_gradient has no epsilon, got epsilon=0.01",
     ),
+    ("bptt", "epsilon_schedule", "learning_rate", {}, "bptt has no epsilon"),
     ("recipe", "seed", 0, {"antithetic": True}, "antithetic. Drop it"),
     ("recipe", "seed", 0, {"readout": "fast"}, "unknown estimator.readout"),
     ("recipe", "seed", 0, {"readout_batches": 0}, "needs readout_batches"),

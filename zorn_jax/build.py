@@ -84,6 +84,11 @@ def _experiment(config):
       f"unknown epsilon_schedule {config.epsilon_schedule!r}. Choose one of "
       f"{', '.join(schedules)}."
     )
+  if config.epsilon_schedule != "constant" and not config.epsilon:
+    raise ValueError(
+      f"{config.estimator.name} has no epsilon that could follow the learning "
+      "rate. Set epsilon_schedule to constant."
+    )
   return Experiment(
     model=model,
     task=task,
@@ -286,6 +291,11 @@ def _optimizer(config, model, factor):
   chain.append(_call(makers, "optimizer", name, options))
   if weight_decay:
     _check_positive("optimizer.weight_decay", weight_decay)
+    if not model.decayed:
+      raise ValueError(
+        f"the model {config.model.name!r} names no matrices to decay. Set "
+        "optimizer.weight_decay to 0, or DECAYED in its class."
+      )
     mask = lambda params: {name: name in model.decayed for name in params}
     chain.append(optax.add_decayed_weights(weight_decay, mask))
   rate = config.learning_rate

@@ -185,7 +185,8 @@ def _loop(run, state, step):
     )
     if (logging_now or saving) and bool(state.control.exploded):
       rollbacks += 1
-      state, step = _roll_back(run, state, step, rollbacks)
+      watched, state = state.control, None  # One copy at a time.
+      state, step = _roll_back(run, watched, step, rollbacks)
       meter.restart(step)
       saved = step
       continue
@@ -204,14 +205,14 @@ def _loop(run, state, step):
     if saving:
       run.checkpoints.save(step, state, _rank_by(values))
       saved, rollbacks = step, 0
-  if saved != step:
+  if saved != step and not bool(state.control.exploded):
     run.checkpoints.save(step, state, {})
   return step
 
 
-def _roll_back(run, state, step, rollbacks):
-  """The newest checkpoint, or the start, with a smaller learning rate."""
-  loss = float(state.control.average)
+def _roll_back(run, watched, step, rollbacks):
+  """The newest checkpoint, or the start, with half the learning rate."""
+  loss = float(watched.average)
   if math.isnan(loss) and rollbacks == 1:
     raise ValueError(
       f"no loss was finite until step {step}: the model gives none from its "
@@ -219,14 +220,13 @@ def _roll_back(run, state, step, rollbacks):
     )
   if rollbacks > run.experiment.watch.max_rollbacks:
     raise ValueError(
-      f"the loss exploded before step {step} for the {rollbacks}th time in a "
-      f"row (its average was {loss:.4g}). Lower the learning rate, or raise "
-      "epsilon if the losses are not finite."
+      f"the loss exploded before step {step} again, after {rollbacks - 1} "
+      f"roll-backs in a row (its average was {loss:.4g}). Lower the learning "
+      "rate, or look for what makes the losses jump."
     )
-  del state  # One copy at a time.
   restored = run.checkpoints.restore(jax.eval_shape(run.initial))
   state, back = (run.initial(), 0) if restored is None else restored[:2]
-  scale = state.control.scale * 0.5**rollbacks
+  scale = watched.scale / 2
   logging.warning(
     "the loss exploded before step %d (its average was %.4g): going on from "
     "step %d with %.3g times the learning rate",
