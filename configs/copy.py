@@ -47,11 +47,18 @@ def get_config():
   config.estimator.direction.name = "low_rank"
   config.estimator.direction.rank = 1
   config.estimator.direction.base = "rademacher"
+  config.estimator.direction.norm = "none"
+  config.estimator.adaptive = 0.0  # Decay of the second moment; 0 for none.
+  config.estimator.readout = "estimated"
+  config.estimator.readout_batches = 0
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "adam"
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.99
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip = 0.0  # Of the gradient's norm; 0 for none.
+  config.optimizer.normalize = "none"
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20
 

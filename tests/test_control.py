@@ -15,24 +15,24 @@ from zorn_jax.step import init_state
 from zorn_jax.train import train
 
 
-def observed(watch, losses):
+def observed(watch, losses, grad_norm=1.0):
   state = control.init(watch)
   states = []
   for loss in losses:
-    state = control.observe(watch, state, jnp.float32(loss))
+    loss, norm = jnp.float32(loss), jnp.float32(grad_norm)
+    state = control.observe(watch, state, loss, norm)
     states.append(state)
   return states
 
 
-def test_the_average_is_an_exponential_one():
-  losses = [4.0, 3.0, math.nan, 2.0]
-  average, wanted = 4.0, [4.0]
-  for loss in losses[1:]:
-    if math.isfinite(loss):
-      average = 0.95 * average + 0.05 * loss
-    wanted.append(average)
+def test_the_average_is_an_exponential_one_until_an_explosion():
+  losses = [4.0, 5.0, 2.0, math.nan, 2.0]
+  wanted = [4.0, 4.05, 3.9475, 3.9475, 3.9475]
   states = observed(control.Watch(), losses)
   np.testing.assert_allclose([s.average for s in states], wanted, rtol=1e-6)
+  np.testing.assert_allclose(
+    [s.peak for s in states], [4.0] + [4.05] * 4, rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,8 @@ def test_the_average_is_an_exponential_one():
     ([3.0, math.nan], True),
     ([math.inf], True),
     ([1e-3, 1e-3], False),
+    ([10.0] + [1e-3] * 300 + [0.99], False),  # A tenth of the peak is little.
+    ([10.0] + [1e-3] * 300 + [2.01], True),
   ],
 )
 def test_an_explosion_is_a_jump_or_no_finite_loss(losses, exploded):
@@ -54,6 +56,7 @@ def test_an_explosion_is_a_jump_or_no_finite_loss(losses, exploded):
 def test_without_a_watch_only_a_missing_loss_is_an_explosion():
   assert not observed(control.Watch(), [1.0, 1e9])[-1].exploded
   assert observed(control.Watch(), [1.0, math.nan])[-1].exploded
+  assert observed(control.Watch(), [1.0], grad_norm=math.inf)[-1].exploded
 
 
 def watched(**overrides):

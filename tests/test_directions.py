@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from zorn_jax import directions, perturbed
-from zorn_jax.estimators import finite_difference
+from zorn_jax.estimators import stencil
 
 KINDS = {
   "rademacher": directions.rademacher(),
@@ -89,7 +89,7 @@ def dense(direction, z, params):
 
 
 def probe_keys(seed, count=7):
-  return finite_difference.probe_keys(jax.random.key(seed), count)
+  return stencil.probe_keys(jax.random.key(seed), count)
 
 
 @functools.cache
@@ -192,7 +192,7 @@ def test_a_direction_follows_from_root_step_probe_and_leaf_alone():
   @jax.jit
   def draw():
     key = jax.random.fold_in(jax.random.key(root), step)
-    key = finite_difference.probe_keys(key, 8)[probe]
+    key = stencil.probe_keys(key, 8)[probe]
     dense = directions.rademacher().sample(key, params)
     return dense["b"], directions.low_rank().sample(key, params)["b"]
 
@@ -234,7 +234,7 @@ def scores(z):
 def packed_signs(what):
   """Signs as samples [4096, 64] of what must be independent."""
   key, draw = jax.random.key(11), lambda key: directions.signs(key, (4096,))
-  keys = finite_difference.probe_keys(key, 64)
+  keys = stencil.probe_keys(key, 64)
   if what == "columns":  # The bits of two words.
     return directions.signs(key, (4096, 64))
   if what == "rows":
@@ -243,7 +243,7 @@ def packed_signs(what):
     return jax.vmap(draw)(keys).T
   if what == "steps":
     step_key = lambda step: jax.random.fold_in(key, step)
-    first = lambda step: finite_difference.probe_keys(step_key(step), 1)[0]
+    first = lambda step: stencil.probe_keys(step_key(step), 1)[0]
     return jax.vmap(lambda step: draw(first(step)))(jnp.arange(64)).T
   if what == "leaves":
     leaf_keys = directions._leaf_keys(key, [0.0] * 64)
@@ -359,7 +359,7 @@ def test_no_two_draws_share_a_key():
 
   def keys_of(step):
     step_key = jax.random.fold_in(root, step)
-    probe_keys = finite_difference.probe_keys(step_key, probes)
+    probe_keys = stencil.probe_keys(step_key, probes)
     leaf_keys = jax.vmap(
       lambda key: jnp.stack(directions._leaf_keys(key, leaves))
     )(probe_keys)

@@ -152,14 +152,8 @@ def _float_type(name, value):
 def _method(config, model, task):
   options = config.estimator.to_dict()
   name = options.pop("name")
-  makers = {
-    name: partial(_zero_order, name, maker)
-    for name, maker in estimators.ESTIMATORS.items()
-  }
-  makers |= {
-    name: partial(_streaming, maker)
-    for name, maker in estimators.STREAMING.items()
-  }
+  makers = {name: partial(_zero_order, name) for name in estimators.ESTIMATORS}
+  makers |= {name: partial(_streaming, name) for name in estimators.STREAMING}
   makers["bptt"] = _bptt
   if name not in makers:
     raise ValueError(
@@ -178,14 +172,14 @@ def _method(config, model, task):
   return makers[name](config, model, task, options)
 
 
-def _zero_order(name, maker, config, model, task, options):
+def _zero_order(name, config, model, task, options):
   readout = options.pop("readout", "estimated")
   readout_batches = options.pop("readout_batches", 0)
   if readout not in ("estimated", "exact"):
     raise ValueError(
       f"unknown estimator.readout {readout!r}. Choose estimated or exact."
     )
-  if (readout == "exact") != (readout_batches > 0):
+  if (readout == "exact") != bool(readout_batches) or readout_batches < 0:
     raise ValueError(
       "the exact readout needs readout_batches, and an estimated one has none, "
       f"got {readout=}, {readout_batches=}. Set readout_batches to "
@@ -222,7 +216,13 @@ def _zero_order(name, maker, config, model, task, options):
   )
 
 
-def _streaming(maker, config, model, task, options):
+def _streaming(name, config, model, task, options):
+  if config.epsilon_schedule != "constant":
+    raise ValueError(
+      f"{name} carries states that were made with the epsilon of earlier "
+      f"steps, got epsilon_schedule={config.epsilon_schedule!r}. Set it to "
+      "constant."
+    )
   direction, options = _common(config, options)
   options["direction"] = direction
   unrolls = options["unrolls"]
@@ -230,7 +230,7 @@ def _streaming(maker, config, model, task, options):
 
   def make(epsilon):
     values = options | {"epsilon": epsilon}
-    return _call({"": maker}, "estimator", "", values)
+    return _call(estimators.STREAMING, "estimator", name, values)
 
   make(config.epsilon)  # What is wrong shows here.
   return methods.streaming(
@@ -343,6 +343,7 @@ def _schedule(config):
 def _watch(config):
   options = config.watch.to_dict()
   patience = options.pop("patience")
+  watches = {"watch": control.Watch}
   if options["explosion"] and not options["explosion"] > 1:
     raise ValueError(
       f"watch.explosion must be above 1, got {options['explosion']}. Choose "
@@ -350,22 +351,23 @@ def _watch(config):
     )
   if not patience:
     options.pop("threshold")
-    return control.Watch(**options)
+    return _call(watches, "watch", "watch", options)
   _check_positive("watch.patience", patience)
+  _check_positive("watch.threshold", options["threshold"])
   plateau = optax.contrib.reduce_on_plateau(
     factor=0.5,
     rtol=options.pop("threshold"),
     patience=patience,
     accumulation_size=config.log_every,
   )
-  return control.Watch(plateau=plateau, **options)
+  return _call(watches, "watch", "watch", options | {"plateau": plateau})
 
 
 def _search(config):
   options = config.search.to_dict()
   if not options.pop("enabled"):
     return None
-  result = search.Search(**options)
+  result = _call({"search": search.Search}, "search", "search", options)
   search.check(result)
   if config.optimizer.warmup_steps:
     raise ValueError(
@@ -383,7 +385,8 @@ def _search(config):
 
 def _check_positive(name, value):
   if not value > 0:
-    raise ValueError(f"{name} must be positive, got {value}. Choose 1 or more.")
+    remedy = "1 or more" if isinstance(value, int) else "for example 0.01"
+    raise ValueError(f"{name} must be positive, got {value}. Choose {remedy}.")
 
 
 def _call(makers, what, name, options):

@@ -297,8 +297,11 @@ def normalized(direction: Direction, norm: str = "l2") -> Direction:
     leaves = jax.tree.leaves(_arrays(z))
     size = float(sum(leaf.size for leaf in leaves))
     if norm == "l1":
-      return size / sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves)
-    return jnp.sqrt(size / sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+      ratio = sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves) / size
+    else:
+      ratio = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves) / size)
+    # A sparse direction may be zero, and stays so.
+    return jnp.where(ratio > 0, 1 / jnp.where(ratio > 0, ratio, 1.0), 0.0)
 
   def sample(key, params):
     z = direction.sample(key, params)

@@ -65,6 +65,9 @@ def zero_order(
 ) -> Method:
   """An estimator, with the exact gradient of the readout if wanted.
 
+  With the exact readout the losses alone do not determine the next step: a
+  replay needs the data as well.
+
   Args:
     model: What is trained.
     task: What it is trained on.
@@ -88,12 +91,9 @@ def zero_order(
     body, readout = _split(params, names)
 
     def loss_fn(body, batch):
-      return metrics.mean_loss(model, task, data, body | readout, batch)
+      params = body | readout if names else body
+      return metrics.mean_loss(model, task, data, params, batch)
 
-    if not names:
-      loss_fn = lambda params, batch: metrics.mean_loss(
-        model, task, data, params, batch
-      )
     losses = make(epsilon).query(loss_fn, body, batch, state, keys.probe)
     if not names:
       return losses, ()
@@ -214,7 +214,8 @@ def streaming(
       carry, sums = metrics.stream(
         model, task, params, split, carry, age * chunks
       )
-      return carry, jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.count), 1)
+      # Not a number, and so left out, where the part scores nothing.
+      return carry, jnp.sum(sums.loss) / jnp.sum(sums.count)
 
     return make(epsilon).query(
       unroll, params, batch, carries, state, keys.probe

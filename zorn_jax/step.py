@@ -29,7 +29,7 @@ class Experiment(NamedTuple):
     peak_rate: The learning rate that the schedule multiplies.
     epsilon: Smoothing radius; 0 for a method that has none.
     epsilon_schedule: (step) -> what the learning rate's schedule multiplies
-      epsilon with; None for an epsilon that stays.
+      epsilon with, but never below 1e-2; None for an epsilon that stays.
     seed: Root of every random number.
     steps: Steps of the whole run.
     evaluate_every: Steps between validations.
@@ -54,6 +54,14 @@ class Experiment(NamedTuple):
   log_every: int
 
 
+_SMALLEST_FACTOR = 1e-2  # Of an epsilon that follows the learning rate.
+
+
+def _wide(tree):
+  """In float32: moments in bfloat16 would not decay."""
+  return optax.tree.cast(tree, jnp.float32)
+
+
 def init_state(experiment: Experiment) -> TrainState:
   """The state before the first step."""
   init_key, probe_key, data_key = jax.random.split(
@@ -63,7 +71,7 @@ def init_state(experiment: Experiment) -> TrainState:
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=experiment.optimizer.init(params),
+    opt_state=experiment.optimizer.init(_wide(params)),
     method_state=experiment.method.init(params),
     control=control.init(experiment.watch),
     probe_key=probe_key,
@@ -91,7 +99,9 @@ def train_step(
   scale = control.scale(state.control)
   epsilon = experiment.epsilon
   if experiment.epsilon_schedule:
-    epsilon = epsilon * scale * experiment.epsilon_schedule(state.step)
+    factor = scale * experiment.epsilon_schedule(state.step)
+    # Below, differences of losses would be differences of roundings.
+    epsilon = epsilon * jnp.maximum(factor, _SMALLEST_FACTOR)
   queried, measured = method.query(
     state.params, state.method_state, data, keys, state.step, epsilon
   )
@@ -99,23 +109,23 @@ def train_step(
     queried, measured, state.params, state.method_state, keys, epsilon
   )
   updates, opt_state = experiment.optimizer.update(
-    grads, state.opt_state, state.params
+    _wide(grads), state.opt_state, _wide(state.params)
   )
   updates = jax.tree.map(lambda x: scale * x, updates)
   losses = queried[:, : method.num_losses]
   finite = jnp.isfinite(losses)
-  loss = jnp.mean(losses, where=finite)
+  loss, grad_norm = jnp.mean(losses, where=finite), metrics.norm(grads)
   new_state = state._replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     method_state=method_state,
-    control=control.observe(experiment.watch, state.control, loss),
+    control=control.observe(experiment.watch, state.control, loss, grad_norm),
   )
   return new_state, {
     "loss": loss,
     "spread": jnp.std(losses, where=finite),
-    "grad_norm": metrics.norm(grads),
+    "grad_norm": grad_norm,
     "dropped": jnp.sum(~finite),
     "scale": scale,
   }

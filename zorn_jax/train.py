@@ -102,13 +102,17 @@ def train(
     logger_names: Loggers beside the file and the terminal.
   Returns:
     Whether the last step was reached; False after SIGTERM or SIGINT, when the
-    state has been saved.
+    state has been saved (an exploded one is not).
   Raises:
     ValueError: If the workdir cannot be used or a logger is missing.
   """
+  initial = partial(init_state, experiment)
+  # Mistakes that only show in the traced step must not claim the workdir.
+  jax.eval_shape(
+    lambda: train_step(experiment, initial(), experiment.task.data)
+  )
   claim(workdir, config)
   checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
-  initial = partial(init_state, experiment)
   restored = checkpoints.restore(jax.eval_shape(initial))
   if restored is None:
     state, first_step = jax.jit(initial)(), 0
@@ -168,14 +172,17 @@ class _Run(NamedTuple):
 def _loop(run, state, step):
   """Trains from `step` on; returns the number of the last step."""
   experiment = run.experiment
-  advance = jax.jit(partial(train_step, experiment), donate_argnums=0)
+  step_fn = partial(train_step, experiment)
+  advance = jax.jit(step_fn, donate_argnums=0)
+  attempt = jax.jit(step_fn)
+  explodes = jax.jit(lambda *args: step_fn(*args)[0].control.exploded)
   score = evaluate.evaluator(experiment.model, experiment.task)
   valid = experiment.task.splits["valid"]()
   data = jax.device_put(experiment.task.data)
   saved, rollbacks = step, 0
   meter = _Meter(experiment, step, run.seconds)
   if experiment.search and step == 0:
-    state = _searched(experiment, state, data)
+    state = _searched(experiment, attempt, state, data)
   while step < experiment.steps and not run.stopped():
     state, step_metrics = advance(state, data)
     step += 1
@@ -183,7 +190,9 @@ def _loop(run, state, step):
     logging_now, saving = map(
       due, (experiment.log_every, experiment.checkpoint_every)
     )
-    if (logging_now or saving) and bool(state.control.exploded):
+    if (logging_now and bool(state.control.exploded)) or (
+      saving and bool(explodes(state, data))
+    ):
       rollbacks += 1
       watched, state = state.control, None  # One copy at a time.
       state, step = _roll_back(run, watched, step, rollbacks)
@@ -194,8 +203,8 @@ def _loop(run, state, step):
     if logging_now:
       values |= {name: float(x) for name, x in step_metrics.items()}
       values |= meter.read(step)
-      if _wants_search(experiment, state):
-        state = _searched(experiment, state, data)
+      if step < experiment.steps and _wants_search(experiment, state):
+        state = _searched(experiment, attempt, state, data)
     if due(experiment.evaluate_every):
       scores = score(state.params, valid)
       values |= {f"valid_{name}": x for name, x in scores.items()}
@@ -211,9 +220,12 @@ def _loop(run, state, step):
 
 
 def _roll_back(run, watched, step, rollbacks):
-  """The newest checkpoint, or the start, with half the learning rate."""
+  """The newest regular checkpoint, or the start, with half the rate."""
   loss = float(watched.average)
-  if math.isnan(loss) and rollbacks == 1:
+  every = run.experiment.checkpoint_every
+  # One that a signal left is passed over, as if the signal had not come.
+  steps = [step for step in run.checkpoints.steps() if step % every == 0]
+  if math.isnan(loss) and not steps:
     raise ValueError(
       f"no loss was finite until step {step}: the model gives none from its "
       "first batch on. Look at the model's initial scales and the data."
@@ -224,16 +236,21 @@ def _roll_back(run, watched, step, rollbacks):
       f"roll-backs in a row (its average was {loss:.4g}). Lower the learning "
       "rate, or look for what makes the losses jump."
     )
-  restored = run.checkpoints.restore(jax.eval_shape(run.initial))
-  state, back = (run.initial(), 0) if restored is None else restored[:2]
-  scale = watched.scale / 2
+  if steps:
+    template = jax.eval_shape(run.initial)
+    state, back, _ = run.checkpoints.restore(template, steps[-1])
+  else:
+    state, back = run.initial(), 0
+  # Half of what was in force, whatever the plateau was at the checkpoint.
+  halved = control.scale(watched) / 2
+  scale = halved / control.scale(state.control._replace(scale=jnp.float32(1)))
   logging.warning(
     "the loss exploded before step %d (its average was %.4g): going on from "
     "step %d with %.3g times the learning rate",
     step,
     loss,
     back,
-    float(scale),
+    float(halved),
   )
   for logger in run.logs:
     logger.rewind(back)
@@ -249,9 +266,8 @@ def _wants_search(experiment, state):
   return float(state.control.plateau.scale) < 1
 
 
-def _searched(experiment, state, data):
+def _searched(experiment, attempt, state, data):
   """The state with the learning rate that the search likes best."""
-  step = jax.jit(partial(train_step, experiment))
   fresh = control.init(experiment.watch)
 
   def with_rate(rate):
@@ -261,13 +277,13 @@ def _searched(experiment, state, data):
   def trial(rate):
     tried = with_rate(rate)
     for _ in range(experiment.search.steps):
-      tried, _ = step(tried, data)
-    # The losses after the last step, on the data and probes of the first.
-    _, values = step(tried._replace(step=state.step), data)
-    return float(values["loss"])
+      tried, _ = attempt(tried, data)
+    # The new parameters, on the data and probes of the first step.
+    _, values = attempt(state._replace(params=tried.params), data)
+    return math.inf if values["dropped"] else float(values["loss"])
 
   rate = search.best_rate(experiment.search, trial)
-  logging.info("the search found a learning rate of %.3g", rate)
+  logging.info("the search found a peak learning rate of %.3g", rate)
   return with_rate(rate)
 
 
@@ -284,7 +300,11 @@ def _rank_by(values):
 
 
 class _Meter:
-  """Counts forward tokens and time."""
+  """Counts forward tokens and time.
+
+  The tokens are those of the steps that the parameters are made of; what was
+  rolled back or searched for counts in the time alone.
+  """
 
   def __init__(self, experiment, step, seconds):
     tokens = experiment.task.tokens_per_batch

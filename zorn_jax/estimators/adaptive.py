@@ -14,13 +14,11 @@ class AdaptiveState(NamedTuple):
   """The running second moment of the estimate.
 
   Attributes:
-    step: Updates so far, int32.
     moment: Moving average v of the squared estimate, float32, shaped as the
       parameters and not corrected for its start at zero.
     inner: State of the estimator whose probes are scaled.
   """
 
-  step: jax.Array
   moment: types.PyTree
   inner: types.PyTree
 
@@ -62,7 +60,7 @@ def adaptive(
 
   def init(params):
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    return AdaptiveState(jnp.zeros((), jnp.int32), zeros, base.init(params))
+    return AdaptiveState(zeros, base.init(params))
 
   def query(loss_fn, params, batch, state, key):
     return scaled(state).query(loss_fn, params, batch, state.inner, key)
@@ -74,7 +72,7 @@ def adaptive(
       state.moment,
       grads,
     )
-    return grads, AdaptiveState(state.step + 1, moment, inner)
+    return grads, AdaptiveState(moment, inner)
 
   return base._replace(init=init, query=query, update=update)
 

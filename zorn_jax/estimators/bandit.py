@@ -87,7 +87,9 @@ def bandit_spsa(
       f"exploit must hold shares in [0, 1], got {exploit}. Choose (0.2, 0.9)."
     )
   if not ramp[1] > 0:
-    raise ValueError(f"the width in ramp must be positive, got {ramp}.")
+    raise ValueError(
+      f"the width in ramp must be positive, got {ramp}. Use (250, 75)."
+    )
 
   probes = stencil.probes(
     epsilon,

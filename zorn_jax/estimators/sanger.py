@@ -47,9 +47,13 @@ def sanger_spsa(
     C = G G^T / \|G\|^2
 
   whose columns of W are then scaled to unit length; other leaves keep their
-  estimate. Leading axes are separate matrices. With `subspace_probes` the
-  directions of matrices are √(s/r) W Wᵀ z, of the same mean square as z, where
-  s is the smaller side; what lies outside the subspace is then not explored.
+  estimate. Leading axes are separate matrices. With `subspace_probes` half of
+  the squared length of a matrix's direction lies in the subspace, where s is
+  its smaller side:
+
+  .. math:: \frac{z + (\sqrt{s/r} - 1)\, W W^T z}{\sqrt{2 - r/s}}
+
+  What lies outside is still explored, or the subspace could not be learned.
 
   Args:
     epsilon: Smoothing radius, in units of the parameters; > 0.
@@ -58,7 +62,7 @@ def sanger_spsa(
     rate: β of Sanger's rule, in (0, 1].
     identity: α, not negative.
     warmup: Steps t_w until the subspace counts in full, not negative.
-    subspace_probes: Whether the directions lie in the subspace.
+    subspace_probes: Whether the directions are stretched along the subspace.
     direction: As in :func:`zorn_jax.central_difference`, and so are the rest.
     probe_map: As there.
     shaping: As there.
@@ -79,7 +83,8 @@ def sanger_spsa(
     raise ValueError(f"rate must lie in (0, 1], got {rate}. Choose 0.1.")
   if not identity >= 0 or not warmup >= 0:
     raise ValueError(
-      f"identity and warmup must not be negative, got {identity}, {warmup}."
+      f"identity and warmup must not be negative, got {identity}, {warmup}. "
+      "Choose for example 1 and 100."
     )
   direction = direction or directions.rademacher()
 
@@ -163,7 +168,8 @@ def _probe_within(z, w):
   if w.ndim < 2:
     return z
   side, rank = w.shape[-2:]
-  return math.sqrt(side / rank) * _within(z, w)
+  stretched = z + (math.sqrt(side / rank) - 1) * _within(z, w)
+  return stretched / math.sqrt(2 - rank / side)
 
 
 def _sanger(g: jax.Array, w: jax.Array, rate: float) -> Any:
@@ -171,6 +177,8 @@ def _sanger(g: jax.Array, w: jax.Array, rate: float) -> Any:
   if w.ndim < 2:
     return w
   g = _upright(g)
+  peak = jnp.max(jnp.abs(g))  # Its square may be too large.
+  g = g / jnp.where(peak > 0, peak, 1.0)
   energy = jnp.sum(jnp.square(g), axis=(-2, -1), keepdims=True)
   image = g @ (g.mT @ w) / jnp.where(energy > 0, energy, 1.0)
   w = w + rate * (image - w @ jnp.triu(w.mT @ image))
