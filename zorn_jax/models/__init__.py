@@ -1,44 +1,25 @@
 """Recurrent language models that stream over chunks of time."""
 
-import flax.linen as nn
-import jax.numpy as jnp
+from functools import partial
 
-from zorn_jax.models import lstm as _lstm
+from zorn_jax.models.cells import CELLS
+from zorn_jax.models.dnc import DNC
+from zorn_jax.models.dnc_graves import DNCGraves
+from zorn_jax.models.imported import from_nnx, imported
+from zorn_jax.models.linen import from_linen
+from zorn_jax.models.recurrent import Recurrent
 from zorn_jax.models.types import Model
 
+MODULES = {name: partial(Recurrent, name) for name in CELLS}
+MODULES |= {"dnc": DNC, "dnc_graves": DNCGraves}
 
-def from_linen(module: nn.Module) -> Model:
-  """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`.
-
-  Its class may name its last layer in `READOUT`, its matrices in `DECAYED`.
-  """
-
-  def init(key):
-    def first_token(module):
-      return module(module.initial_carry(1), jnp.zeros((1, 1), jnp.int32))
-
-    return module.init(key, method=first_token)["params"]
-
-  def initial_carry(params, batch_size):
-    return module.apply({"params": params}, batch_size, method="initial_carry")
-
-  def apply(params, carry, tokens):
-    return module.apply({"params": params}, carry, tokens)
-
-  return Model(
-    init,
-    initial_carry,
-    apply,
-    getattr(module, "READOUT", ()),
-    getattr(module, "DECAYED", ()),
-  )
-
-
-def lstm(**options) -> Model:
-  """The LSTM whose options :class:`zorn_jax.models.lstm.LSTM` lists."""
-  return from_linen(_lstm.LSTM(**options))
-
-
-MODULES = {"lstm": _lstm.LSTM}
-
-__all__ = ["MODULES", "Model", "from_linen", "lstm"]
+__all__ = [
+  "DNC",
+  "MODULES",
+  "DNCGraves",
+  "Model",
+  "Recurrent",
+  "from_linen",
+  "from_nnx",
+  "imported",
+]

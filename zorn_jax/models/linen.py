@@ -1,0 +1,34 @@
+"""A Flax Linen module as a model."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from zorn_jax.models.types import Model
+
+
+def from_linen(module: nn.Module) -> Model:
+  """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`.
+
+  Its attributes `READOUT` and `DECAYED`, where it has them, name its last layer
+  and its matrices.
+  """
+
+  def init(key):
+    def first_token(module):
+      return module(module.initial_carry(1), jnp.zeros((1, 1), jnp.int32))
+
+    return module.init(key, method=first_token)["params"]
+
+  def initial_carry(params, batch_size):
+    return module.apply({"params": params}, batch_size, method="initial_carry")
+
+  def apply(params, carry, tokens):
+    return module.apply({"params": params}, carry, tokens)
+
+  return Model(
+    init,
+    initial_carry,
+    apply,
+    getattr(module, "READOUT", ()),
+    getattr(module, "DECAYED", ()),
+  )
