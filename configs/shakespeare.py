@@ -41,7 +41,14 @@ def get_config(variant="recipe"):
 
   config.task = ml_collections.ConfigDict()
   config.task.name = "language_model"
-  config.task.source = "shakespeare"  # Or the path of a text file.
+  # Or a text file, a folder of them, ptb:FOLDER or tfds:NAME.
+  config.task.source = "shakespeare"
+  config.task.errors = "strict"  # Or replace, for text that is not UTF-8.
+  # Or bytes, gpt2, bpe, or the path of a tokenizer.json.
+  config.task.tokenizer = "characters"
+  config.task.vocab_size = 0  # Of bpe.
+  config.task.order = "windows"  # Or streams, which read on every step.
+  config.task.cache = ""  # Folder of token ids; "" keeps them in memory.
   config.task.seq_length = 64
   config.task.time_chunk = 16
   config.task.evaluation_rows = 64
@@ -94,6 +101,14 @@ def get_config(variant="recipe"):
   config.search.depth = 3
   config.search.steps = 1
   config.search.on_plateau = False
+
+  config.curriculum = ml_collections.ConfigDict()
+  config.curriculum.enabled = False
+  config.curriculum.start = 2  # Longest sequence at first,
+  config.curriculum.maximum = 64  # and at last.
+  config.curriculum.step = 1
+  config.curriculum.threshold = 0.5  # Loss that counts as learned.
+  config.curriculum.patience = 100  # Steps in a row.
 
   if variant in ("pure", "plain", "nres"):
     config.steps = 2500

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import small
 
-from zorn_jax import build, control, search
+import zorn_jax
+from zorn_jax import build, control, methods, search
 from zorn_jax.search import Search
 from zorn_jax.step import init_state
 from zorn_jax.train import train
@@ -296,3 +297,124 @@ def test_gradients_are_normalised_or_clipped():
 def test_wrong_optimisers(overrides, message):
   with pytest.raises(ValueError, match=message):
     updates_of(**overrides)
+
+
+# The curriculum.
+
+
+def lengths(losses, **options):
+  """The length after each loss."""
+  defaults = {"start": 2, "maximum": 5, "step": 2, "threshold": 1.0}
+  curriculum = control.Curriculum(**defaults | {"patience": 3} | options)
+  watch = control.Watch(curriculum=curriculum)
+  return [int(state.lesson.length) for state in observed(watch, losses)]
+
+
+def test_sequences_grow_after_enough_good_steps_in_a_row():
+  good, bad = 0.9, 1.1
+  assert lengths([good] * 10) == [2, 2, 4, 4, 4, 5, 5, 5, 5, 5]
+  assert lengths([good, good, bad, good, good, good]) == [2] * 5 + [4]
+  assert lengths([good, good, math.nan, good, good, good]) == [2] * 5 + [4]
+  assert lengths([1.0] * 9) == [2] * 9  # Not below the threshold.
+  assert lengths([good] * 3, patience=1) == [4, 5, 5]
+
+
+def test_effort_counts_steps_by_their_length():
+  curriculum = control.Curriculum(2, 8, 2, 1.0, 1)
+  states = observed(control.Watch(curriculum=curriculum), [0.5, 0.5, 2.0, 0.5])
+  efforts = [float(state.lesson.effort) for state in states]
+  assert efforts == [2 / 8, 6 / 8, 12 / 8, 18 / 8]
+
+
+def growing(**overrides):
+  return small.config(
+    steps=40,
+    curriculum__enabled=True,
+    curriculum__start=2,
+    curriculum__maximum=3,
+    curriculum__threshold=100.0,
+    curriculum__patience=15,
+    **overrides,
+  )
+
+
+def test_a_run_with_a_curriculum_resumes_and_counts_its_tokens(tmp_path):
+  config = growing()
+  run(config, tmp_path / "whole")
+  stopped = build.experiment(config)
+  run_of = lambda experiment: train(
+    experiment, tmp_path / "parts", config.to_dict()
+  )
+  assert run_of(stopped._replace(steps=20)) and run_of(stopped)
+  whole, parts = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+  lines = [line for line in whole if "length" in line]
+  assert [line["length"] for line in lines] == [2, 3, 3, 3]
+  assert [line["loss"] for line in whole if "loss" in line] == [
+    line["loss"] for line in parts if "loss" in line
+  ]
+  # Two sequences of up to four predictions, eight passes a step.
+  efforts = [10 * 2 / 3, 15 * 2 / 3 + 5, 15 * 2 / 3 + 15, 15 * 2 / 3 + 25]
+  np.testing.assert_allclose(
+    [line["forward_tokens"] for line in lines],
+    np.array(efforts) * 8 * 8,
+    rtol=1e-6,
+  )
+
+
+def test_short_sequences_take_fewer_chunks():
+  """What lies beyond the present length is not computed."""
+  config = growing(task__max_length=50, task__time_chunk=1)
+  config.curriculum.maximum = 50
+  experiment = build.experiment(config)
+  seen = []
+
+  def apply(params, carry, tokens):
+    jax.debug.callback(lambda: seen.append(1))
+    return experiment.model.apply(params, carry, tokens)
+
+  method = methods.zero_order(
+    experiment.model._replace(apply=apply),
+    experiment.task,
+    lambda epsilon: zorn_jax.central_difference(epsilon, 1),
+    num_probes=1,
+    batch_per_probe=False,
+  )
+  params = experiment.model.init(jax.random.key(0))
+
+  def query(length):
+    keys = jax.random.key(1), jax.random.key(2)
+    now = methods.Now(jnp.int32(0), *keys, 0.1, length)
+    return method.query(params, (), (), now)[0]
+
+  for length in (2, 20):
+    seen.clear()
+    jax.block_until_ready(jax.jit(query)(jnp.int32(length)))
+    jax.effects_barrier()
+    assert len(seen) in (2 * length + 1, 2 * (2 * length + 1))
+  # Masked to the same length in a program of full length: the same losses.
+  short, full = jax.jit(query)(jnp.int32(20)), jax.jit(lambda: query(20))()
+  np.testing.assert_allclose(short, full, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"start": 3, "maximum": 2}, "from 3 to 2, but the task has sequences"),
+    ({"maximum": 4}, "from 2 to 4, but the task has sequences of 2 to 3"),
+    ({"start": 1}, "from 1 to 3, but"),
+    ({"patience": 0}, "curriculum.patience must be positive, got 0"),
+    ({"step": 0}, "curriculum.step must be positive, got 0"),
+    ({"threshold": 0.0}, "curriculum.threshold must be positive, got 0.0"),
+  ],
+)
+def test_wrong_curricula(overrides, message):
+  config = growing()
+  config.curriculum.update(overrides)
+  with pytest.raises(ValueError, match=message):
+    build.experiment(config)
+
+
+def test_what_has_one_length_takes_no_curriculum():
+  config = growing(task__one_batch=True)
+  with pytest.raises(ValueError, match="sequences of 3 to 3"):
+    build.experiment(config)

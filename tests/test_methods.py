@@ -10,11 +10,16 @@ import small
 
 from zorn_jax import build, methods, metrics
 from zorn_jax.aggregators import gaf
-from zorn_jax.methods import Keys
+from zorn_jax.methods import Now
 from zorn_jax.step import init_state, train_step
+from zorn_jax.tasks import Draw
 
-KEYS = Keys(jax.random.key(1), jax.random.key(2))
 SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
+
+
+def now(task, step=3, epsilon=0.0):
+  keys = jax.random.key(1), jax.random.key(2)
+  return Now(step, *keys, epsilon, task.max_length)
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +38,22 @@ def params(experiment):
 
 
 def gradient(experiment, params, **options):
-  method = methods.bptt(experiment.model, experiment.task, **options)
+  task = experiment.task
+  method = methods.bptt(experiment.model, task, **options)
   losses, measured = jax.jit(
-    lambda params: method.query(params, (), (), KEYS, 3, 0.0)
+    lambda params: method.query(params, (), (), now(task))
   )(params)
-  return losses, method.update(losses, measured, params, (), KEYS, 0.0)[0]
+  return losses, method.update(losses, measured, params, (), now(task))[0]
 
 
 def expected(experiment, params, num_batches):
   """Losses and gradients of the batches of step 3, by `jax.grad`."""
-  task, key = experiment.task, jax.random.fold_in(KEYS.data, 3)
-  batches = methods.sample_batches(task, (), key, num_batches)
+  task = experiment.task
+  batches = methods.sample_batches(task, (), now(task), num_batches)
 
   def one(params, batch):
-    return metrics.mean_loss(experiment.model, task, (), params, batch)
+    split = methods.Split((), batch, task.num_chunks(task.max_length))
+    return metrics.mean_loss(experiment.model, task, params, split)
 
   return jax.vmap(jax.value_and_grad(one), (None, 0))(params, batches)
 
@@ -158,17 +165,20 @@ def test_unrolls_read_on_where_the_last_one_stopped(text):
   params = model.init(jax.random.key(0))
   state = method.init(params)
   step_of = jax.jit(
-    lambda state, step: method.query(params, state, data, KEYS, step, 1e-6)
+    lambda state, step: method.query(params, state, data, now(task, step, 1e-6))
   )
   losses = []
   for step in range(8):
     queried, measured = step_of(state, step)
-    _, state = method.update(queried, measured, params, state, KEYS, 1e-6)
+    _, state = method.update(
+      queried, measured, params, state, now(task, step, 1e-6)
+    )
     losses.append(np.asarray(queried).mean(1))
   # Probe 0 began at steps 0 and 4, probe 1 (staggered) at 0, 3 and 7.
   for probe, began in ((0, 0), (0, 4), (1, 3)):
-    key = jax.random.fold_in(KEYS.data, began + 4)
-    batch = task.sample(data, jax.random.fold_in(key, probe))
+    key = jax.random.fold_in(now(task).data_key, began + 4)
+    key = jax.random.fold_in(key, probe)
+    batch = task.sample(data, Draw(key, began + 4, probe, task.max_length))
     carry = model.initial_carry(params, 1)
     for part in range(4):
       split = methods.Split(data, batch, 2)
@@ -211,16 +221,15 @@ def test_the_readout_is_exact_and_the_rest_estimated():
   params = experiment.model.init(jax.random.key(0))
 
   def run(method):
-    losses, measured = method.query(params, (), (), KEYS, 3, 0.01)
-    return method.update(losses, measured, params, (), KEYS, 0.01)[0]
+    this = now(experiment.task, epsilon=0.01)
+    losses, measured = method.query(params, (), (), this)
+    return method.update(losses, measured, params, (), this)[0]
 
   grads = jax.jit(lambda: run(method))()
   _, each = expected(experiment, params, 3)
   # Every copy has its own number of predictions: the mean is over tokens.
   task = experiment.task
-  batches = methods.sample_batches(
-    task, (), jax.random.fold_in(KEYS.data, 3), 3
-  )
+  batches = methods.sample_batches(task, (), now(task), 3)
   counts = batches[1].sum((1, 2))
   for name in ("w_proj", "b_proj"):
     weighted = np.einsum("n...,n->...", each[name], counts / counts.sum())

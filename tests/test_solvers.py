@@ -23,6 +23,7 @@ from zorn_jax import (
   perturbed,
   plan,
   probe_map,
+  tasks,
 )
 
 EPSILON = 0.5  # 2ε = 1, and sums of integers stay exact.
@@ -962,21 +963,20 @@ def test_low_rank_directions_add_up(rank):
 @pytest.fixture(scope="module")
 def copying():
   made = build.experiment(small.config(task__max_length=10, task__time_chunk=4))
-  assert made.task.num_chunks == 6
-  params = quick(made.model.init)(jax.random.key(0))
-  return made.model, made.task, params, made.task.sample((), jax.random.key(1))
+  task, params = made.task, quick(made.model.init)(jax.random.key(0))
+  assert task.num_chunks(task.max_length) == 6
+  split = tasks.Split((), tasks.first_batch(task, ()), 6)
+  return made.model, task, params, split
 
 
 def test_the_readout_gradient_is_that_of_the_mean_loss(copying):
-  model, task, params, batch = copying
+  model, task, params, split = copying
   readout = {name: params[name] for name in model.readout}
   assert readout and len(readout) < len(params)
-  loss = lambda readout: metrics.mean_loss(
-    model, task, (), params | readout, batch
-  )
+  loss = lambda readout: metrics.mean_loss(model, task, params | readout, split)
   expected = quick(jax.grad(loss))(readout)
   grads = quick(
-    lambda params: methods.readout_gradient(model, task, (), params, batch)
+    lambda params: methods.readout_gradient(model, task, params, split)
   )(params)
   assert set(grads) == set(expected)
   for name, grad in expected.items():
@@ -986,19 +986,19 @@ def test_the_readout_gradient_is_that_of_the_mean_loss(copying):
 
 
 def test_the_readout_gradient_holds_one_chunk_of_time(copying):
-  model, task, params, batch = copying
+  model, task, params, split = copying
 
   def temporary(gradient, chunks):
-    longer = task._replace(num_chunks=chunks)
+    longer = split._replace(num_chunks=chunks)
     program = jax.jit(lambda params: gradient(longer, params))
     compiled = program.lower(params).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  readout = lambda task, params: methods.readout_gradient(
-    model, task, (), params, batch
+  readout = lambda split, params: methods.readout_gradient(
+    model, task, params, split
   )
-  through_time = lambda task, params: jax.grad(
-    lambda params: metrics.mean_loss(model, task, (), params, batch)
+  through_time = lambda split, params: jax.grad(
+    lambda params: metrics.mean_loss(model, task, params, split)
   )(params)
   growth = lambda of: (temporary(of, 1100) - temporary(of, 100)) / 1000
   assert growth(readout) <= 4  # Bytes for each chunk: its number.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import small
 
-from zorn_jax import build, metrics
-from zorn_jax.methods import Keys
+from zorn_jax import build, metrics, tasks
+from zorn_jax.methods import Now
 from zorn_jax.step import init_state, train_step
 from zorn_jax.train_state import digest
 
@@ -45,15 +45,15 @@ def compiled_step(experiment):
 
 
 def bptt_temporary_bytes(experiment):
-  def loss(params, data, key):
-    batch = experiment.task.sample(data, key)
-    return metrics.mean_loss(
-      experiment.model, experiment.task, data, params, batch
-    )
+  model, task = experiment.model, experiment.task
+
+  def loss(params, data):
+    batch = tasks.first_batch(task, data)
+    split = tasks.Split(data, batch, task.num_chunks(task.max_length))
+    return metrics.mean_loss(model, task, params, split)
 
   params = jax.eval_shape(partial(init_state, experiment)).params
-  grad = jax.jit(jax.grad(loss))
-  compiled = grad.lower(params, experiment.task.data, jax.random.key(0))
+  compiled = jax.jit(jax.grad(loss)).lower(params, task.data)
   return compiled.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -104,8 +104,9 @@ def test_training_data_does_not_depend_on_the_probes():
     state = init_state(experiment)
 
     def query(step, experiment=experiment, state=state):
-      keys = Keys(jax.random.fold_in(state.probe_key, step), state.data_key)
-      return experiment.method.query(state.params, (), (), keys, step, 0.1)[0]
+      key = jax.random.fold_in(state.probe_key, step)
+      now = Now(step, key, state.data_key, 0.1, experiment.task.max_length)
+      return experiment.method.query(state.params, (), (), now)[0]
 
     losses[n] = np.stack([jax.jit(query)(step) for step in range(3)])
   np.testing.assert_allclose(losses[2], losses[5][:, :2], rtol=1e-6)

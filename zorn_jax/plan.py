@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from zorn_jax.methods import Keys
+from zorn_jax.methods import Now
 from zorn_jax.step import Experiment, init_state, train_step
 
 # Primitives whose result a compiler writes to memory even if it is used once.
@@ -65,14 +65,15 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
 def _query(experiment, state, data):
   """The forward passes of a step."""
-  keys = Keys(state.probe_key, state.data_key)
-  losses, _ = experiment.method.query(
-    state.params,
-    state.method_state,
-    data,
-    keys,
+  now = Now(
     state.step,
+    state.probe_key,
+    state.data_key,
     experiment.epsilon,
+    experiment.task.max_length,
+  )
+  losses, _ = experiment.method.query(
+    state.params, state.method_state, data, now
   )
   return losses
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from zorn_jax import control, metrics
-from zorn_jax.methods import Keys, Method
+from zorn_jax.methods import Method, Now
 from zorn_jax.models import Model
 from zorn_jax.search import Search
 from zorn_jax.tasks import Task
@@ -92,21 +92,26 @@ def train_step(
     The state after the step, and scalars: `loss`, the mean of the finite
     queries; `spread`, their standard deviation; `grad_norm`; `dropped`, the
     number of queries that were not finite; `scale`, what the learning rate was
-    multiplied with.
+    multiplied with; with a curriculum `length`, that of its sequences.
   """
   method = experiment.method
-  keys = Keys(jax.random.fold_in(state.probe_key, state.step), state.data_key)
   scale = control.scale(state.control)
   epsilon = experiment.epsilon
   if experiment.epsilon_schedule:
     factor = scale * experiment.epsilon_schedule(state.step)
     # Below, differences of losses would be differences of roundings.
     epsilon = epsilon * jnp.maximum(factor, _SMALLEST_FACTOR)
-  queried, measured = method.query(
-    state.params, state.method_state, data, keys, state.step, epsilon
+  lesson = state.control.lesson
+  now = Now(
+    state.step,
+    jax.random.fold_in(state.probe_key, state.step),
+    state.data_key,
+    epsilon,
+    lesson.length if lesson else experiment.task.max_length,
   )
+  queried, measured = method.query(state.params, state.method_state, data, now)
   grads, method_state = method.update(
-    queried, measured, state.params, state.method_state, keys, epsilon
+    queried, measured, state.params, state.method_state, now
   )
   updates, opt_state = experiment.optimizer.update(
     _wide(grads), state.opt_state, _wide(state.params)
@@ -122,10 +127,11 @@ def train_step(
     method_state=method_state,
     control=control.observe(experiment.watch, state.control, loss, grad_norm),
   )
-  return new_state, {
+  values = {
     "loss": loss,
     "spread": jnp.std(losses, where=finite),
     "grad_norm": grad_norm,
     "dropped": jnp.sum(~finite),
     "scale": scale,
   }
+  return new_state, values | ({"length": lesson.length} if lesson else {})

@@ -17,6 +17,7 @@ from absl import logging
 
 from zorn_jax import control, evaluate, loggers, plots, search
 from zorn_jax.checkpoint import Checkpoints
+from zorn_jax.data import Feed
 from zorn_jax.step import Experiment, init_state, train_step
 from zorn_jax.train_state import TrainState
 
@@ -130,8 +131,10 @@ def train(
     for logger in logs:
       stack.callback(logger.close)
     seconds = loggers.last_seconds(workdir)
+    feed = Feed(experiment.task)
+    stack.callback(feed.close)
     run = _Run(
-      experiment, jax.jit(initial), checkpoints, logs, stopped, seconds
+      experiment, jax.jit(initial), checkpoints, logs, stopped, feed, seconds
     )
     step = _loop(run, state, first_step)
   plots.plot_losses(workdir)
@@ -166,6 +169,7 @@ class _Run(NamedTuple):
   checkpoints: Checkpoints
   logs: list[loggers.Logger]
   stopped: Callable[[], bool]
+  feed: Feed
   seconds: float  # Time that earlier processes spent on this run.
 
 
@@ -178,33 +182,32 @@ def _loop(run, state, step):
   explodes = jax.jit(lambda *args: step_fn(*args)[0].control.exploded)
   score = evaluate.evaluator(experiment.model, experiment.task)
   valid = experiment.task.splits["valid"]()
-  data = jax.device_put(experiment.task.data)
   saved, rollbacks = step, 0
-  meter = _Meter(experiment, step, run.seconds)
+  meter = _Meter(experiment, state, step, run.seconds)
   if experiment.search and step == 0:
-    state = _searched(experiment, attempt, state, data)
+    state = _searched(experiment, attempt, state, run.feed.at(0))
   while step < experiment.steps and not run.stopped():
-    state, step_metrics = advance(state, data)
+    state, step_metrics = advance(state, run.feed.at(step))
     step += 1
     due = partial(_due, experiment, step)
     logging_now, saving = map(
       due, (experiment.log_every, experiment.checkpoint_every)
     )
     if (logging_now and bool(state.control.exploded)) or (
-      saving and bool(explodes(state, data))
+      saving and bool(explodes(state, run.feed.at(step)))
     ):
       rollbacks += 1
       watched, state = state.control, None  # One copy at a time.
       state, step = _roll_back(run, watched, step, rollbacks)
-      meter.restart(step)
+      meter.restart(state, step)
       saved = step
       continue
     values = {}
     if logging_now:
       values |= {name: float(x) for name, x in step_metrics.items()}
-      values |= meter.read(step)
+      values |= meter.read(state, step)
       if step < experiment.steps and _wants_search(experiment, state):
-        state = _searched(experiment, attempt, state, data)
+        state = _searched(experiment, attempt, state, run.feed.at(step))
     if due(experiment.evaluate_every):
       scores = score(state.params, valid)
       values |= {f"valid_{name}": x for name, x in scores.items()}
@@ -306,26 +309,33 @@ class _Meter:
   rolled back or searched for counts in the time alone.
   """
 
-  def __init__(self, experiment, step, seconds):
+  def __init__(self, experiment, state, step, seconds):
     tokens = experiment.task.tokens_per_batch
     self._tokens_per_step = experiment.method.passes_per_step * tokens
     self._seconds = seconds
-    self._last = (time.monotonic(), step)
+    self._last = (time.monotonic(), _effort(state, step))
 
-  def restart(self, step):
+  def restart(self, state, step):
     """Counts from `step` on; the time of what was rolled back is kept."""
     now = time.monotonic()
     self._seconds += now - self._last[0]
-    self._last = (now, step)
+    self._last = (now, _effort(state, step))
 
-  def read(self, step):
-    before, last_step = self._last
-    self._last = (time.monotonic(), step)
+  def read(self, state, step):
+    before, last_effort = self._last
+    effort = _effort(state, step)
+    self._last = (time.monotonic(), effort)
     elapsed = self._last[0] - before
     self._seconds += elapsed
-    tokens = (step - last_step) * self._tokens_per_step
+    tokens = (effort - last_effort) * self._tokens_per_step
     return {
-      "forward_tokens": step * self._tokens_per_step,
+      "forward_tokens": effort * self._tokens_per_step,
       "seconds": self._seconds,
       "tokens_per_second": tokens / elapsed,
     }
+
+
+def _effort(state, step):
+  """Steps so far, those with shorter sequences counted for their share."""
+  lesson = state.control.lesson
+  return float(lesson.effort) if lesson else step

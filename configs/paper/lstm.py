@@ -91,4 +91,12 @@ def get_config(size="tiny"):
   config.search.depth = 3
   config.search.steps = 1
   config.search.on_plateau = False
+
+  config.curriculum = ml_collections.ConfigDict()
+  config.curriculum.enabled = False
+  config.curriculum.start = 2  # Longest sequence at first,
+  config.curriculum.maximum = 10  # and at last.
+  config.curriculum.step = 1
+  config.curriculum.threshold = 0.5  # Loss that counts as learned.
+  config.curriculum.patience = 100  # Steps in a row.
   return config

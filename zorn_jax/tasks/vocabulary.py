@@ -1,13 +1,49 @@
-"""Characters and their ids."""
+"""What translates between text and token ids, and the simplest: characters."""
 
 import collections
 import dataclasses
 import functools
+import hashlib
 import string
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 UNKNOWN = "\ufffd"
+
+
+class Tokenizer(Protocol):
+  """Translates between text and the ids 0 to len - 1.
+
+  Attributes:
+    fingerprint: Equal for two tokenizers only if they give the same ids.
+    end_of_text: Id that stands between two documents; None if there is none.
+  """
+
+  @property
+  def fingerprint(self) -> str: ...
+
+  @property
+  def end_of_text(self) -> int | None: ...
+
+  def __len__(self) -> int: ...
+
+  def encode(self, text: str) -> np.ndarray:
+    """Token ids of `text`, int32 [length]."""
+    ...
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each of several texts."""
+    ...
+
+  def decode(self, ids) -> str:
+    """The text of token ids."""
+    ...
+
+  def missing(self, text: str) -> collections.Counter[str]:
+    """Parts of `text` that no id stands for, with counts."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +69,25 @@ class Vocabulary:
     ids[points] = np.arange(len(points))
     return ids
 
+  @property
+  def end_of_text(self) -> None:
+    """A list of characters has no such symbol."""
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Digest of the symbols and of the unknown one's id."""
+    content = f"{self.unknown} {''.join(self.symbols)}"
+    content = content.encode("utf-8", "surrogatepass")
+    return f"characters-{hashlib.sha256(content).hexdigest()}"
+
   def encode(self, text: str) -> np.ndarray:
     """Token ids of `text`, int32 [length]."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     return self._ids[np.minimum(points, len(self._ids) - 1)]
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each of several texts."""
+    return [self.encode(text) for text in texts]
 
   def decode(self, ids) -> str:
     """The text of token ids."""
@@ -44,11 +95,10 @@ class Vocabulary:
 
   def missing(self, text: str) -> collections.Counter[str]:
     """Characters of `text` that are not in the vocabulary, with counts."""
-    known = set(self.symbols)
-    counts = collections.Counter(text)
-    return collections.Counter(
-      {symbol: n for symbol, n in counts.items() if symbol not in known}
-    )
+    lacking = set(text) - set(self.symbols)
+    if not lacking:  # The usual case, found without counting.
+      return collections.Counter()
+    return collections.Counter(symbol for symbol in text if symbol in lacking)
 
 
 def of_text(text: str) -> Vocabulary:

@@ -1,0 +1,106 @@
+"""WikiText-103 in GPT-2's tokens, forward passes only.
+
+python -m zorn_jax.cli.train --config=configs/wikitext.py --workdir=DIR
+
+Needs pip install 'zorn_jax[text]' and a folder data/wikitext with three files
+(547 MB), which the package `datasets` fetches:
+pip install datasets && mkdir -p data/wikitext && python -c "
+import datasets
+home = 'Salesforce/wikitext', 'wikitext-103-raw-v1'
+for split, rows in datasets.load_dataset(*home).items():
+  name = f'data/wikitext/wiki.{split}.txt'
+  with open(name, 'w', encoding='utf-8') as file:
+    file.writelines(rows['text'])
+"
+Files follow the split that their names tell. Token ids are written to
+data/tokens once, about 0.25 GB. Losses are per token, not per word or byte.
+The recipe is that of configs/shakespeare.py; no result was measured.
+"""
+
+import ml_collections
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.steps = 20_000
+  config.batch_size = 2
+  config.num_probes = 256
+  config.epsilon = 0.01
+  config.epsilon_schedule = "constant"  # Or as the learning_rate's.
+  config.learning_rate = 0.03
+  config.log_every = 20
+  config.evaluate_every = 1000
+  config.checkpoint_every = 1000
+  config.loggers = ()
+
+  config.task = ml_collections.ConfigDict()
+  config.task.name = "language_model"
+  config.task.source = "data/wikitext"
+  config.task.errors = "strict"  # Or replace, for text that is not UTF-8.
+  config.task.tokenizer = "gpt2"
+  config.task.vocab_size = 0  # Of bpe.
+  config.task.order = "windows"  # Or streams, which read on every step.
+  config.task.cache = "data/tokens"
+  config.task.seq_length = 64
+  config.task.time_chunk = 16
+  config.task.evaluation_rows = 64
+  config.task.evaluation_tokens = 0  # Of a split; 0 for all.
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "lstm"
+  config.model.embedding_size = 128
+  config.model.hidden_size = 512
+  config.model.num_heads = 4
+  config.model.embedding_scale = 0.5
+  config.model.readout_scale = "hidden"
+  config.model.initial_state = "zeros"
+  config.model.forget_bias = 0.0
+  config.model.dtype = "float32"
+
+  config.estimator = ml_collections.ConfigDict()
+  config.estimator.name = "central_difference"
+  config.estimator.shaping = "std"
+  config.estimator.batch_per_probe = True
+  config.estimator.probe_batch = 32
+  config.estimator.direction = ml_collections.ConfigDict()
+  config.estimator.direction.name = "low_rank"
+  config.estimator.direction.rank = 1
+  config.estimator.direction.base = "rademacher"
+  config.estimator.direction.norm = "none"
+  config.estimator.adaptive = 0.0  # Decay of the second moment; 0 for none.
+  config.estimator.readout = "exact"
+  config.estimator.readout_batches = 32
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "adam"
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.99
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip = 0.0  # Of the gradient's norm; 0 for none.
+  config.optimizer.normalize = "none"
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 200
+
+  config.watch = ml_collections.ConfigDict()
+  config.watch.explosion = 2.0  # Times the average loss; 0 to let it.
+  config.watch.max_rollbacks = 5
+  config.watch.patience = 0  # Log periods without progress; 0 for no end.
+  config.watch.threshold = 0.01  # Progress, relative to the best loss.
+
+  config.search = ml_collections.ConfigDict()
+  config.search.enabled = False
+  config.search.low = 1e-5
+  config.search.high = 0.1
+  config.search.depth = 3
+  config.search.steps = 1
+  config.search.on_plateau = False
+
+  config.curriculum = ml_collections.ConfigDict()
+  config.curriculum.enabled = False
+  config.curriculum.start = 2  # Longest sequence at first,
+  config.curriculum.maximum = 64  # and at last.
+  config.curriculum.step = 1
+  config.curriculum.threshold = 0.5  # Loss that counts as learned.
+  config.curriculum.patience = 100  # Steps in a row.
+  return config
