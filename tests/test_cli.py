@@ -108,6 +108,39 @@ def test_sample_is_a_function_of_its_seed(uninterrupted):
   ]
   assert greedy[0].stdout == greedy[1].stdout
   assert "not in the vocabulary" in sample("--prompt=é").stderr
+  several = sample("--prompt=ab", "--prompt=a", "--best", "--top_p=0.9")
+  assert several.stdout.startswith("=== prompt 1 of 2 ===\nab")
+  assert "\n\n=== prompt 2 of 2 ===\na" in several.stdout
+
+
+@pytest.mark.parametrize(
+  "args, fact",
+  [
+    (["--top_p=0"], "top_p must be above 0 and at most 1, got 0.0"),
+    (["--prompts_file=nowhere.txt"], "cannot use nowhere.txt"),
+  ],
+)
+def test_sample_refuses_in_one_sentence(uninterrupted, args, fact):
+  command = small.command("sample", f"--workdir={uninterrupted[0]}", *args)
+  done = small.run(*command)
+  assert done.returncode == 1 and not done.stdout
+  assert done.stderr.startswith(f"error: {fact}")
+  assert done.stderr.count("\n") == 1
+
+
+def test_evaluate_runs_free(uninterrupted):
+  workdir, scores = uninterrupted
+  command = small.command(
+    "evaluate", f"--workdir={workdir}", "--free_running", "--json"
+  )
+  done = small.run(*command)
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  accuracy = result.pop("free_running_accuracy")
+  exact = result.pop("free_running_sequence_accuracy")
+  assert result == scores
+  assert 0 < accuracy < 1
+  assert exact == scores["sequence_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Evaluates the newest or the best checkpoint of a run.
 
-python -m zorn_jax.cli.evaluate --workdir=DIR [--json]
+python -m zorn_jax.cli.evaluate --workdir=DIR [--free_running] [--json]
 """
 
 import json
@@ -16,6 +16,9 @@ from zorn_jax.train_state import digest
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["valid", "test"], "What to read.")
 _BEST = flags.DEFINE_bool("best", False, "The best checkpoint, not the newest.")
+_FREE_RUNNING = flags.DEFINE_bool(
+  "free_running", False, "Also lets the model read its own answers."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -23,20 +26,30 @@ def main(argv) -> int:
   del argv
   workdir = pathlib.Path(_WORKDIR.value)
   experiment = build.load(workdir)
+  model, task = experiment.model, experiment.task
   params, step = restore_params(experiment, workdir, best=_BEST.value)
-  split = experiment.task.splits[_SPLIT.value]()
+  split = task.splits[_SPLIT.value]()
+  free = {}
+  if _FREE_RUNNING.value:  # First, because it may be refused.
+    scores = evaluate.free_runner(model, task)(params, split)
+    free = {
+      f"free_running_{name}": scores[name]
+      for name in ("accuracy", "sequence_accuracy")
+    }
   result = {
     "step": step,
     "split": _SPLIT.value,
-    **evaluate.evaluator(experiment.model, experiment.task)(params, split),
+    **evaluate.evaluator(model, task)(params, split),
+    **free,
     "params_digest": digest(params),
   }
   if _JSON.value:
     print(json.dumps(result))
     return 0
+  width = max(map(len, result)) + 1
   for name, value in result.items():
     text = f"{value:.4f}" if isinstance(value, float) else value
-    print(f"{name:18} {text}")
+    print(f"{name:{width}} {text}")
   return 0
 
 
