@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import zorn_jax
-from zorn_jax import build, metrics
+from zorn_jax import build, metrics, tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROBES, SEEDS, ROUNDS = 256, 5, 9
@@ -48,11 +48,13 @@ def measure(dtype, direction, epsilon):
   experiment = experiment_of(dtype)
   model, task = experiment.model, experiment.task
   wide = experiment_of("float32").model
-  batch = task.sample((), jax.random.key(1))
+  batch = tasks.first_batch(task, ())
   params = model.init(jax.random.key(0))
+  num_chunks = task.num_chunks(task.max_length)
+  split_of = lambda batch: tasks.Split((), batch, num_chunks)
 
   def loss_fn(params, batch):
-    return metrics.mean_loss(model, task, (), params, batch)
+    return metrics.mean_loss(model, task, params, split_of(batch))
 
   options = {"direction": DIRECTIONS[direction]}
   if epsilon is None:
@@ -61,7 +63,7 @@ def measure(dtype, direction, epsilon):
     estimator = zorn_jax.central_difference(epsilon, PROBES, **options)
   exact = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   gradient = jax.grad(
-    lambda params: metrics.mean_loss(wide, task, (), params, batch)
+    lambda params: metrics.mean_loss(wide, task, params, split_of(batch))
   )(exact)
   slopes_of = zorn_jax.forward_gradient(PROBES, **options).update
 

@@ -10,6 +10,7 @@ minutes on two cores.
 """
 
 import json
+import math
 import pathlib
 import platform
 import runpy
@@ -18,7 +19,7 @@ from functools import partial
 
 import jax
 
-from zorn_jax import build, metrics
+from zorn_jax import build, metrics, tasks
 from zorn_jax.step import init_state, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,37 +84,40 @@ def config_of(row, rate):
   return config
 
 
-def run(row, rate):
-  """(steps or None, forward passes a step, milliseconds of a step)."""
-  experiment = build.experiment(config_of(row, rate))
+def steps_to_learn(experiment, max_steps, look_every):
+  """Steps until the clean loss is below TARGET, or None; seconds of a step."""
   advance = jax.jit(partial(train_step, experiment), donate_argnums=0)
   task, model = experiment.task, experiment.model
-  batch = task.sample(task.data, jax.random.key(0))
-  clean = jax.jit(
-    lambda params: metrics.mean_loss(model, task, task.data, params, batch)
-  )
+  batch = tasks.first_batch(task, task.data)
+  split = tasks.Split(task.data, batch, task.num_chunks(task.max_length))
+  clean = jax.jit(lambda params: metrics.mean_loss(model, task, params, split))
   state = jax.jit(partial(init_state, experiment))()
   seconds, steps = [], None
-  for step in range(LOOK_EVERY, MAX_STEPS + 1, LOOK_EVERY):
+  for step in range(look_every, max_steps + 1, look_every):
     start = time.perf_counter()
-    for _ in range(LOOK_EVERY):
+    for _ in range(look_every):
       state, _ = advance(state, task.data)
     jax.block_until_ready(state)
-    seconds.append((time.perf_counter() - start) / LOOK_EVERY)
-    if float(clean(state.params)) < TARGET:
+    seconds.append((time.perf_counter() - start) / look_every)
+    loss = float(clean(state.params))
+    if loss < TARGET:
       steps = step
+    if loss < TARGET or not math.isfinite(loss):
       break
-  middle = sorted(seconds)[len(seconds) // 2]
-  return steps, experiment.method.passes_per_step, 1e3 * middle
+  return steps, sorted(seconds)[len(seconds) // 2]
 
 
 def main():
   rows = []
   for row in ROWS:
-    tried = [(rate, *run(row, rate)) for rate in RATES]
-    done = [result for result in tried if result[1]]
-    rate, steps, passes, ms = min(
-      done or tried, key=lambda result: result[1] or MAX_STEPS
+    tried = []
+    for rate in RATES:
+      experiment = build.experiment(config_of(row, rate))
+      result = steps_to_learn(experiment, MAX_STEPS, LOOK_EVERY)
+      tried.append((rate, experiment.method.passes_per_step, *result))
+    done = [result for result in tried if result[2]]
+    rate, passes, steps, seconds = min(
+      done or tried, key=lambda result: result[2] or MAX_STEPS
     )
     rows.append(
       {
@@ -121,8 +125,8 @@ def main():
         "learning_rate": rate,
         "steps": steps,
         "forward_passes": steps and round(steps * passes),
-        "seconds": steps and steps * ms / 1e3,
-        "ms_per_step": ms,
+        "seconds": steps and steps * seconds,
+        "ms_per_step": 1e3 * seconds,
       }
     )
     print(rows[-1])
