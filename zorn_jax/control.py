@@ -1,5 +1,4 @@
-"""What watches the loss: smaller steps on a plateau, a halt on an explosion,
-longer sequences after success."""
+"""What the loss decides: smaller steps, a halt, or longer sequences."""
 
 from typing import Any, NamedTuple
 
