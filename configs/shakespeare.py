@@ -5,7 +5,7 @@ python -m zorn_jax.cli.train --config=configs/shakespeare.py --workdir=DIR
 The recipe: fresh data for every antithetic pair, rank-one signs, loss
 differences in units of their standard deviation, Adam; the gradient of the
 last layer is exact, a closed form of states and errors that nothing is
-propagated back for. Expect EXPECTED nats per character on the held-out plays,
+propagated back for. Expect 2.07 nats per character on the held-out plays,
 after 2 minutes on two cores.
 
 Variants, as in `configs/shakespeare.py:pure`:
