@@ -118,7 +118,8 @@ def get_config(variant="recipe"):
   if variant == "plain":
     config.batch_size = 16
     config.num_probes = 96
-    config.learning_rate = 0.3
+    config.learning_rate = 1.0
+    config.epsilon = 1e-3
     config.estimator.shaping = "none"
     config.estimator.batch_per_probe = False
     config.estimator.probe_batch = 8
