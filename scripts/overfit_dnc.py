@@ -125,11 +125,14 @@ def table(record):
       best = min(done, key=lambda row: row["steps"])
       passes = f"{best['steps'] * best['passes_per_step']:,.0f}"
     lines.append(f"| {solver} | " + " | ".join([*cells, passes]) + " |")
-  lines += [
-    "",
-    "A backward pass counts as two forward ones. Columns are learning rates.",
-  ]
-  return "\n".join(lines) + "\n"
+  return "\n".join(lines) + "\n" + _REMARK
+
+
+_REMARK = """
+Columns are learning rates. A backward pass counts as two forward ones. In steps
+CD-RGE with 96 probes comes near BPTT with plain SGD at its best rate, and needs
+a hundred times its passes; with AdamW, BPTT is done in a few steps.
+"""
 
 
 if __name__ == "__main__":
