@@ -191,10 +191,8 @@ def add(
     # One past the sign behind each term.
     ends = jnp.cumsum(_digits(terms) + 1, axis=1)
     position = jnp.arange(source_size)
-    index = jax.vmap(lambda row: jnp.searchsorted(row, position, side="right"))(
-      ends
-    )
-    index = jnp.minimum(index, longest - 1)
+    passed = ends[:, None, :] <= position[None, :, None]
+    index = jnp.minimum(jnp.sum(passed, axis=-1), longest - 1)
     of_term = lambda values: jnp.take_along_axis(values, index, axis=1)
     power = of_term(ends) - 2 - position[None]
     source = jnp.where(power < 0, plus, _digit(of_term(terms), power))
