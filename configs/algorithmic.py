@@ -10,7 +10,8 @@ The argument is TASK or TASK,VARIANT:
   bptt    back-propagation through time with AdamW.
 The LSTM of recipe is small, the others' is the paper's tiny one; but bptt gives
 repeat_copy the full DNC.
-docs/algorithmic.md has what they reach.
+docs/algorithmic.md has what bptt reaches; scripts/solve_algorithmic.py measures
+the others as well.
 """
 
 import ml_collections
