@@ -319,6 +319,13 @@ def test_sequences_grow_after_enough_good_steps_in_a_row():
   assert lengths([good] * 3, patience=1) == [4, 5, 5]
 
 
+def test_a_longer_sequence_s_loss_is_no_explosion():
+  curriculum = control.Curriculum(2, 8, 1, 0.5, 5)
+  watch = control.Watch(explosion=2.0, curriculum=curriculum)
+  states = observed(watch, [0.4] * 5 + [1.1, 1.2, 2.5])
+  assert [bool(state.exploded) for state in states] == [False] * 7 + [True]
+
+
 def test_effort_counts_steps_by_their_length():
   curriculum = control.Curriculum(2, 8, 2, 1.0, 1)
   states = observed(control.Watch(curriculum=curriculum), [0.5, 0.5, 2.0, 0.5])

@@ -130,6 +130,10 @@ def observe(
   lesson = control.lesson
   if watch.curriculum:
     lesson = _next_lesson(watch.curriculum, lesson, loss)
+    # Losses of longer sequences are measured against themselves.
+    grown = lesson.length > control.lesson.length
+    average = jnp.where(grown, jnp.nan, average)
+    peak = jnp.where(grown, 0.0, peak)
   return Control(control.scale, average, peak, exploded, plateau, lesson)
 
 

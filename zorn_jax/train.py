@@ -272,6 +272,7 @@ def _wants_search(experiment, state):
 def _searched(experiment, attempt, state, data):
   """The state with the learning rate that the search likes best."""
   fresh = control.init(experiment.watch)
+  fresh = fresh._replace(lesson=state.control.lesson)
 
   def with_rate(rate):
     scale = jnp.float32(rate / experiment.peak_rate)
