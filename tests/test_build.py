@@ -20,6 +20,7 @@ SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
     ("evaluate_every", 0, "evaluate_every must be positive, got 0"),
     ("task__time_chunk", 0, "task.time_chunk must be positive, got 0"),
     ("task__max_length", 1, "max_length must be at least 2, got 1"),
+    ("task__num_evaluation", 0, "task.num_evaluation must be positive, got 0"),
     ("task__name", "chess", "unknown task 'chess'"),
     ("model__name", "gru2", "unknown model 'gru2'"),
     ("model__hidden_size", 5, "multiple of num_heads"),

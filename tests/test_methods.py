@@ -195,6 +195,12 @@ def test_streaming_counts_the_part_that_it_reads(text):
     streaming(text, unrolls=3)
 
 
+def test_streaming_refuses_a_text_that_is_read_in_parts(text):
+  task = streaming(text).task._replace(refresh=lambda part: None)
+  with pytest.raises(ValueError, match="larger than the device"):
+    methods.streaming(None, task, None, num_probes=1, unrolls=1)
+
+
 @pytest.mark.parametrize("name", ["noise_reuse_es", "persistent_es"])
 def test_streaming_trains_in_one_program(text, name):
   experiment = streaming(text, estimator__name=name)

@@ -40,6 +40,13 @@ _POSITIVE = (
   "evaluate_every",
   "checkpoint_every",
 )
+_TASK_SIZES = (
+  "seq_length",
+  "max_length",
+  "time_chunk",
+  "evaluation_rows",
+  "num_evaluation",
+)
 
 
 def experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -111,9 +118,9 @@ def _experiment(config):
 def _task(config):
   options = config.task.to_dict()
   name = options.pop("name")
-  for length in ("seq_length", "max_length", "time_chunk"):
-    if length in options:
-      _check_positive(f"task.{length}", options[length])
+  for size in _TASK_SIZES:
+    if size in options:
+      _check_positive(f"task.{size}", options[size])
   options["batch_size"] = config.batch_size
   one_batch = options.pop("one_batch", False)
   if name == "language_model":

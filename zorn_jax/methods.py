@@ -189,6 +189,12 @@ def streaming(
 
   Every probe reads a batch of its own, in `unrolls` truncated parts.
   """
+  if task.refresh:
+    raise ValueError(
+      "an episode reads on in one text, but this one is larger than the device "
+      "and read in parts. Raise task.resident_tokens to its length, or choose "
+      "another estimator."
+    )
   num_chunks = task.num_chunks(task.max_length)
   chunks = num_chunks // unrolls
   if chunks * unrolls != num_chunks:
