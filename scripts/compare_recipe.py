@@ -218,7 +218,7 @@ def table(grid, bptt_grid, rows, result):
 _REMARK = """
 The recipe's lead over plain CD-RGE is the exact readout's. With every gradient
 estimated, fresh data for every pair, scaled slopes and Adam save a third of the
-tokens and end a tenth of a nat lower, at a third of plain's time per token
+tokens and end a tenth of a nat lower, at two thirds of plain's time per token
 (rank-one signs): less than the four times that were hoped for. BPTT, where its
 memory can be had, is far ahead of all of them.
 """

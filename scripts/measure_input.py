@@ -32,10 +32,15 @@ CONFIGS = {"shakespeare": ("shakespeare.py", "recipe")} | {
 TOKENIZERS = {"characters": 0, "bytes": 0, "gpt2": 0, "bpe": 4096}
 
 
-def read_step(experiment, now, data):
-  """Reads every token that the probes of a step read, and sums them."""
+def read_step(experiment, readout_batches, now, data):
+  """Reads every token that a step reads, and sums them.
+
+  As the step does, the batches of the exact readout are drawn again.
+  """
   task = experiment.task
-  batches = methods.sample_batches(task, data, now, experiment.num_probes)
+  counts = (experiment.num_probes, readout_batches)
+  drawn = [methods.sample_batches(task, data, now, n) for n in counts]
+  batches = jax.tree.map(lambda *x: jnp.concatenate(x), *drawn)
 
   def read(batch):
     def add(total, index):
@@ -63,6 +68,7 @@ def measure(path, argument):
   config = scope["get_config"](argument)
   config.curriculum.enabled = False  # Sequences of full length.
   experiment = build.experiment(config)
+  readout_batches = config.estimator.readout_batches
   state, data = init_state(experiment), jax.device_put(experiment.task.data)
   now = methods.Now(
     state.step,
@@ -72,7 +78,7 @@ def measure(path, argument):
     experiment.task.max_length,
   )
   step = jax.jit(partial(train_step, experiment))
-  read = jax.jit(partial(read_step, experiment))
+  read = jax.jit(partial(read_step, experiment, readout_batches))
   calls = {"input": lambda: read(now, data), "step": lambda: step(state, data)}
   seconds = {name: [] for name in calls}
   for call in calls.values():
@@ -125,9 +131,9 @@ def table(record):
     "",
     f"Made by `{record['command']}` on {record['machine']}, Python "
     f"{versions['python']}, jax {versions['jax']}. Drawing and cutting all "
-    "batches that the probes of a step read, beside the whole step (which "
-    f"does it too); medians of {ROUNDS} rounds in turns. How many times "
-    "faster the input side is: median (smallest to largest).",
+    "batches that a step reads, those of the exact readout among them, beside "
+    f"the whole step (which does it too); medians of {ROUNDS} rounds in turns. "
+    "How many times faster the input side is: median (smallest to largest).",
     "",
     "| config | input, ms a step | whole step, ms | times faster |",
     "|---|---|---|---|",
