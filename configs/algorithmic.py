@@ -41,6 +41,12 @@ def get_config(arg="copy"):
   config.checkpoint_every = 5000
   config.loggers = ()
 
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.probe = 0  # Devices that share the probes; 0 for all.
+  config.mesh.data = 1  # That share the rows of a batch.
+  config.mesh.head = 1  # That share a model.
+  config.mesh.update = "replicated"  # Or sharded over the devices.
+
   config.task = ml_collections.ConfigDict()
   config.task.name = task
   config.task.max_length = 10

@@ -30,6 +30,12 @@ def get_config():
   config.checkpoint_every = 500
   config.loggers = ()
 
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.probe = 0  # Devices that share the probes; 0 for all.
+  config.mesh.data = 1  # That share the rows of a batch.
+  config.mesh.head = 1  # That share a model.
+  config.mesh.update = "replicated"  # Or sharded over the devices.
+
   config.task = ml_collections.ConfigDict()
   config.task.name = "language_model"
   config.task.source = "ptb:data/ptb"

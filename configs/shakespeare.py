@@ -39,6 +39,12 @@ def get_config(variant="recipe"):
   config.checkpoint_every = 500
   config.loggers = ()
 
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.probe = 0  # Devices that share the probes; 0 for all.
+  config.mesh.data = 1  # That share the rows of a batch.
+  config.mesh.head = 1  # That share a model.
+  config.mesh.update = "replicated"  # Or sharded over the devices.
+
   config.task = ml_collections.ConfigDict()
   config.task.name = "language_model"
   # Or a text file, a folder of them, ptb:FOLDER or tfds:NAME.

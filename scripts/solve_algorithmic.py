@@ -10,6 +10,7 @@ and .png. About an hour and a quarter on two cores.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ from concurrent import futures
 import jax
 from matplotlib import figure
 
+from zorn_jax import loggers
+
 ROOT = pathlib.Path(__file__).parent.parent
 TASKS = ("copy", "reverse", "sort", "repeat_copy", "add")
 VARIANTS = {
@@ -30,6 +33,7 @@ VARIANTS = {
   "recipe": "recipe, forward passes only",
   "paper": "plain CD-RGE (the paper's)",
 }
+_PARENT_DEATH_SIGNAL = 1
 SECONDS = 600  # Of training by forward passes, compilation included.
 
 
@@ -45,9 +49,15 @@ def train(task, variant, workdir, core):
   done = workdir / "done.json"
   if done.exists():
     return json.loads(done.read_text())
-  pin = lambda: os.sched_setaffinity(0, {core})
-  limit = None if variant == "bptt" else SECONDS
-  start = time.monotonic()
+  before = loggers.last_seconds(workdir)  # Of a run that was interrupted.
+  limit = None if variant == "bptt" else max(SECONDS - before, 0)
+  start = time.monotonic() - before
+
+  def pin():
+    os.sched_setaffinity(0, {core})
+    # Linux ends the run with its parent.
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
   process = subprocess.Popen(
     command_of(task, variant, workdir), cwd=ROOT, preexec_fn=pin
   )

@@ -3,9 +3,11 @@
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax.contrib
 import pytest
 import small
 
@@ -233,11 +235,12 @@ def test_a_loss_that_is_never_finite_stops_the_run(tmp_path):
 def test_epsilon_follows_the_learning_rate_or_stays():
   config = small.config(epsilon_schedule="learning_rate", steps=100)
   experiment = build.experiment(config)
-  at = lambda step: float(experiment.epsilon_schedule(jnp.int32(step)))
+  at = lambda step: float(experiment.rate_schedule(jnp.int32(step)))
+  assert experiment.epsilon_follows
   assert at(10) == pytest.approx(0.5)  # Half of the warm-up of 20 steps.
   assert at(20) == pytest.approx(1.0)
   assert at(60) == pytest.approx(0.5, abs=1e-3)  # Half of the cosine.
-  assert build.experiment(small.config()).epsilon_schedule is None
+  assert not build.experiment(small.config()).epsilon_follows
 
 
 def updates_of(grads_value=1.0, params_value=2.0, **overrides):
@@ -326,11 +329,26 @@ def test_a_longer_sequence_s_loss_is_no_explosion():
   assert [bool(state.exploded) for state in states] == [False] * 7 + [True]
 
 
-def test_effort_counts_steps_by_their_length():
-  curriculum = control.Curriculum(2, 8, 2, 1.0, 1)
-  states = observed(control.Watch(curriculum=curriculum), [0.5, 0.5, 2.0, 0.5])
-  efforts = [float(state.lesson.effort) for state in states]
-  assert efforts == [2 / 8, 6 / 8, 12 / 8, 18 / 8]
+def test_steps_are_counted_by_their_length():
+  curriculum = control.Curriculum(2, 7, 2, 1.0, 1)
+  assert curriculum.lengths() == [2, 4, 6, 7]
+  losses = [0.5, 0.5, 2.0, 0.5, 0.5, 0.5]
+  states = observed(control.Watch(curriculum=curriculum), losses)
+  spent = [state.lesson.spent.tolist() for state in states]
+  assert spent[1] == [1, 1, 0, 0] and spent[2] == [1, 1, 1, 0]
+  assert spent[-1] == [1, 1, 2, 2]
+
+
+def test_a_plateau_is_forgotten_when_sequences_grow():
+  """A longer sequence's loss is no lack of progress."""
+  curriculum = control.Curriculum(2, 3, 1, 0.5, 1)
+  plateau = optax.contrib.reduce_on_plateau(
+    factor=0.5, rtol=0.01, patience=3, accumulation_size=1
+  )
+  watch = control.Watch(plateau=plateau, curriculum=curriculum)
+  falling = [1 - 0.05 * i for i in range(8)]
+  states = observed(watch, [1.0] * 4 + [0.4] + falling)
+  assert [float(state.plateau.scale) for state in states[3:]] == [0.5] * 10
 
 
 def growing(**overrides):
@@ -359,13 +377,21 @@ def test_a_run_with_a_curriculum_resumes_and_counts_its_tokens(tmp_path):
   assert [line["loss"] for line in whole if "loss" in line] == [
     line["loss"] for line in parts if "loss" in line
   ]
-  # Two sequences of up to four predictions, eight passes a step.
-  efforts = [10 * 2 / 3, 15 * 2 / 3 + 5, 15 * 2 / 3 + 15, 15 * 2 / 3 + 25]
-  np.testing.assert_allclose(
-    [line["forward_tokens"] for line in lines],
-    np.array(efforts) * 8 * 8,
-    rtol=1e-6,
-  )
+  # Two sequences of three or four predictions, eight passes a step.
+  predictions = [10 * 6, 15 * 6 + 5 * 8, 15 * 6 + 15 * 8, 15 * 6 + 25 * 8]
+  assert [line["forward_tokens"] for line in lines] == [
+    8 * count for count in predictions
+  ]
+
+
+def test_bptt_pays_for_full_length(tmp_path):
+  config = growing()
+  config.num_probes, config.epsilon = 0, 0.0
+  config.estimator = {"name": "bptt"}
+  run(config, tmp_path)
+  lines = [line for line in metrics_of(tmp_path) if "length" in line]
+  tokens = [line["forward_tokens"] for line in lines]
+  assert tokens == [3 * 8 * step for step in (10, 20, 30, 40)]
 
 
 def test_short_sequences_take_fewer_chunks():
@@ -425,3 +451,10 @@ def test_what_has_one_length_takes_no_curriculum():
   config = growing(task__one_batch=True)
   with pytest.raises(ValueError, match="sequences of 3 to 3"):
     build.experiment(config)
+
+
+def test_a_step_without_predictions_changes_nothing():
+  watch = control.Watch(explosion=2.0)
+  before = control.observe(watch, control.init(watch), 3.0, 1.0)
+  after = control.observe(watch, before, 0.0, 0.0, silent=True)
+  chex.assert_trees_all_equal(after, before)

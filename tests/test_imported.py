@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_models
 import pytest
 import small
 
@@ -117,6 +118,25 @@ def test_a_module_may_ask_for_the_factors():
   tokens = jnp.asarray([[1, 2]])
   losses = estimator.query(loss, params, tokens, (), jax.random.key(1))
   assert seen == {"Perturbed"} and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("attribute", ["READOUT", "DECAYED"])
+@pytest.mark.parametrize(
+  ("path", "names", "wrong", "known"),
+  [
+    (LINEN, ("out", "outer"), "outer", "cell, embed, out"),
+    (NNX, ("out",), "out", "embed/embedding, .*, out/bias, out/kernel"),
+    (LINEN, "out", "o", "cell, embed, out"),  # No tuple.
+  ],
+)
+def test_a_name_of_no_parameter_is_refused(
+  monkeypatch, attribute, path, names, wrong, known
+):
+  made = getattr(own_models, path.partition(":")[2])
+  monkeypatch.setattr(made, attribute, names)
+  message = f"{attribute} of {path} names '{wrong}',.* Name .* {known}"
+  with pytest.raises(ValueError, match=message):
+    models.imported(path, {"vocab_size": 5, "hidden_size": 4})
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 LINES = (
   ("cli",),
   ("build",),
-  ("train", "evaluate", "sample"),
-  ("step", "checkpoint", "journal", "plots", "plan", "loggers"),
+  ("train", "evaluate", "sample", "sweep"),
+  ("replay",),
+  ("step", "checkpoint", "journal", "plots", "plan", "loggers", "workdir"),
   ("methods", "train_state"),
   ("metrics", "control", "data"),
   ("estimators", "tasks", "models", "mesh", "search"),
   ("directions", "kernels"),
   ("probe_map", "perturbed", "aggregators"),
-  ("types",),
+  ("types", "processes", "lock"),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}
 FAMILIES = {"estimators", "models", "tasks", "kernels"}
@@ -37,6 +38,7 @@ HOMES = {
   "matplotlib": {"plots"},
   "ml_collections": {"build", "cli", "configs"},
   "orbax": {"checkpoint"},
+  "submitit": {"sweep"},
   "tensorboardX": {"loggers"},
   "wandb": {"loggers"},
 }

@@ -12,6 +12,7 @@ import small
 from zorn_jax import build
 from zorn_jax.plan import cost, plan
 
+DNC = small.ROOT / "configs" / "paper" / "dnc.py"
 LSTM = small.ROOT / "configs" / "paper" / "lstm.py"
 # reference: arXiv:2505.17852, and the printed counts of its authors' runs.
 COUNTS = {
@@ -90,3 +91,36 @@ def test_command_prints_json():
   done = small.run(*command)
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout)["parameters"] == COUNTS["large"]
+
+
+# With the 22 symbols of the sums, by the formula for the same models.
+ADD_COUNTS = {
+  "tiny": 124142,
+  "small": 1007022,
+  "medium": 9871022,
+  "large": 107450222,
+  "xlarge": 1138832222,
+  "xxlarge": 4428002222,
+}
+DNC_COUNTS = {
+  "scale=1": 134053,
+  "scale=8": 6553893,
+  "scale=2,controller=lstm": 880677,
+  "scale=16,controller=lstm,input=scale": 67782757,
+}
+BY_PLAN = ("tiny", "medium", "scale=1", "scale=8")
+
+
+@pytest.mark.parametrize("arg", [*ADD_COUNTS, *DNC_COUNTS])
+def test_counts_of_sums_and_of_the_dnc(arg):
+  if arg in ADD_COUNTS:
+    config = small.config(LSTM, arg, task__name="add")
+  else:
+    config = small.config(DNC, arg, num_probes=8)
+  experiment = build.experiment(config)
+  if arg in BY_PLAN:
+    count = plan(experiment)["parameters"]
+  else:
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  assert count == (ADD_COUNTS | DNC_COUNTS)[arg]

@@ -64,7 +64,6 @@ def equations(params, tokens, cell="lstm", residual=False, narrow=lambda h: h):
   p = {name: np.asarray(x, np.float64) for name, x in params.items()}
   oracle, num_gates = ORACLES[cell]
   _, num_heads, size, _ = p["r"].shape
-  hidden = num_heads * size
   ends = [""] + [f"_{layer}" for layer in range(1, 9) if f"r_{layer}" in p]
   logits = np.zeros((*tokens.shape, len(p["b_proj"])))
   carries = []
@@ -89,7 +88,7 @@ def equations(params, tokens, cell="lstm", residual=False, narrow=lambda h: h):
           fed = np.array(biases)
           mixed = np.zeros((num_gates, size))
           for g in range(num_gates):
-            first = g * hidden + n * size
+            first = (n * num_gates + g) * size  # Head, gate, unit.
             fed[g] += drive[first : first + size]
             mixed[g] = p[f"r{end}"][g, n] @ narrow(states[layer, 0, n])
           states[layer, :, n] = oracle(fed, mixed, *states[layer, :, n])

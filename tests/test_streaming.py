@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 import zorn_jax
-from zorn_jax import directions, estimators, perturbed, probe_map
+from zorn_jax import (
+  directions,
+  estimators,
+  methods,
+  metrics,
+  perturbed,
+  probe_map,
+  tasks,
+)
 from zorn_jax.estimators import streaming
+from zorn_jax.models import Model
 
 ROWS = {
   "reuse": streaming.noise_reuse_es,
@@ -434,10 +443,12 @@ def test_a_loss_that_is_not_finite_drops_its_probe():
 @pytest.mark.parametrize("row", ROWS)
 def test_dtypes_are_kept_and_the_probe_map_is_used(row):
   used, everywhere = [], probe_map.sequential()
-  watched = probe_map.ProbeMap(
-    lambda fn, xs: used.append("map") or everywhere.map(fn, xs),
-    lambda fn, xs: used.append("sum") or everywhere.sum(fn, xs),
-  )
+
+  def watching(name):
+    mapped = getattr(everywhere, name)
+    return lambda fn, xs: used.append(name) or mapped(fn, xs)
+
+  watched = probe_map.ProbeMap(*map(watching, probe_map.ProbeMap._fields))
   estimator = ROWS[row](0.1, 3, 4, probe_map=watched)
   narrow = lambda x: x.astype(jnp.bfloat16)
   params = jax.tree.map(narrow, params_of(np.ones(SIZE)))
@@ -453,7 +464,151 @@ def test_dtypes_are_kept_and_the_probe_map_is_used(row):
   assert grads == jax.eval_shape(lambda: params)
   assert state == jax.eval_shape(estimator.init, params)
   assert estimator.queries_per_step == losses.size
-  assert used == ["map", "sum"]
+  assert used == ["keep", "sum"]  # Carries stay where they were made.
+
+
+# As a method of training.
+
+CHUNKS = 7  # Of the longest copy below, of one token each.
+
+
+def toy_model(vocab, bad=()):
+  """Logits that change with time, not finite at the times `bad`."""
+
+  def apply(params, carry, tokens):
+    time, read = carry
+    logits = (1 + time) * jax.nn.one_hot(tokens, vocab) @ params["w"]
+    for one in bad:
+      logits = jnp.where(time == one, jnp.nan, logits)
+    return (time + tokens.shape[1], tokens[:, -1]), logits
+
+  def initial_carry(params, rows):
+    del params
+    return jnp.zeros((), jnp.int32), jnp.full(rows, -1)
+
+  init = lambda key: {"w": jax.random.normal(key, (vocab, vocab))}
+  return Model(init, initial_carry, apply)
+
+
+def method_run(row, model, task, data, unrolls, steps, **options):
+  """Losses, states read to and gradients of each step; params stay."""
+  probes = options.setdefault("num_probes", 3)
+  make = lambda epsilon: ROWS[row](epsilon, unrolls=unrolls, **options)
+  method = methods.streaming(
+    model, task, make, num_probes=probes, unrolls=unrolls
+  )
+  params = model.init(jax.random.key(0))
+
+  @jax.jit
+  def step(state, index):
+    key = jax.random.fold_in(jax.random.key(1), index)
+    now = methods.Now(index, key, jax.random.key(2), 0.5, task.max_length)
+    losses, carries = method.query(params, state, data, now)
+    grads, after = method.update(losses, carries, params, state, now)
+    return after, (losses, carries, grads, state[0].age)
+
+  return jax.lax.scan(step, method.init(params), jnp.arange(steps))[1]
+
+
+@functools.cache
+def copying(row, stagger, bad=()):
+  """A run on copies, whose first token never tells what follows."""
+  task = tasks.copy(2, 3, 1, num_evaluation=1)
+  model = toy_model(len(task.vocabulary), bad)
+  return data_of(
+    method_run(row, model, task, (), CHUNKS, 2 * CHUNKS, stagger=stagger)
+  )
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_part_that_scores_nothing_says_nothing(row):
+  losses, _, grads, ages = copying(row, stagger=False)
+  scored = (ages > 1) & (losses != 0).all(-1)
+  assert np.isfinite(losses).all()
+  # Strings have two letters or more, so that nothing counts before.
+  np.testing.assert_array_equal(losses[ages < 2], 0)
+  assert scored.any(0).all() and (np.ptp(losses[scored], axis=-1) > 0).all()
+  silent = ~scored.any(1)
+  assert silent[[0, 1, CHUNKS, CHUNKS + 1]].all()
+  np.testing.assert_array_equal(grads["w"][silent], 0)
+  assert np.all(np.abs(grads["w"][~silent]).max((1, 2)) > 0)
+
+
+def test_a_loss_that_is_not_finite_is_dropped_wherever_it_is():
+  bad = (1, 3)  # Where nothing is scored, and where something may be.
+  losses, _, grads, ages = copying("reuse", stagger=True, bad=bad)
+  for are_nan in (np.isnan(losses).all(-1), np.isnan(losses).any(-1)):
+    np.testing.assert_array_equal(are_nan, np.isin(ages, bad))
+  assert np.isfinite(grads["w"]).all()
+
+
+def test_a_part_s_loss_is_the_mean_of_what_it_scores():
+  task = tasks.copy(2, 3, 1, num_evaluation=1)
+  model = toy_model(len(task.vocabulary))
+  params = model.init(jax.random.key(0))
+  nowhere = directions.Direction(
+    sample=lambda key, params: (),
+    perturb=lambda params, z, scale: params,
+    combine=lambda keys, weights, params, probe_map: params,
+  )
+  losses, *_ = method_run(
+    "reuse", model, task, (), CHUNKS, CHUNKS, direction=nowhere
+  )
+  # The batch of the first episode of probe 0.
+  key = jax.random.fold_in(jax.random.key(2), CHUNKS)
+  key = jax.random.fold_in(key, 0)
+  batch = task.sample((), tasks.Draw(key, 0, 0, task.max_length))
+  carry, counts = model.initial_carry(params, 2), []
+  for part in range(CHUNKS):
+    split = tasks.Split((), batch, 1)
+    carry, sums = metrics.stream(model, task, params, split, carry, part)
+    counts.append(int(np.sum(sums.count)))
+    expected = np.sum(sums.loss) / counts[-1] if counts[-1] else 0.0
+    np.testing.assert_allclose(losses[part, 0], expected, rtol=1e-5)
+  assert set(counts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_episodes_read_on_in_a_stream(stagger):
+  size, length, unrolls, steps = 150, 8, 4, 60
+  text = "ab" * (size // 2)
+  corpus = tasks.Corpus(text, text, text)
+  tokenizer = tasks.make_tokenizer("characters", text)
+  task = tasks.language_model(
+    corpus, tokenizer, 2, length, 1, evaluation_rows=2, order="streams"
+  )
+  # In a text of positions, what is read is its position.
+  positions = jnp.arange(size)
+  run = method_run(
+    "reuse",
+    toy_model(size),
+    task,
+    positions,
+    unrolls,
+    steps,
+    stagger=stagger,
+    num_probes=5,
+  )
+  _, (time, read), _, ages = data_of(run)
+  np.testing.assert_array_equal(read[:, :, 0], read[:, :, 1])  # Of both signs.
+  np.testing.assert_array_equal(time[:, :, 0], 2 * (ages + 1))  # Anew.
+  wraps = 0
+  for probe in range(5):
+    first = unrolls - (probe % unrolls if stagger else 0)
+    for last in read[:, probe, 0].T:
+      jumps = np.diff(last)
+      # Where the first episode ends, which may be before its window does.
+      skipped = 2 * (unrolls - first)
+      jumps[first - 1] -= skipped if jumps[first - 1] > 0 else 0
+      begins = last[ages[:, probe] == 0] - 1
+      wrapped = np.flatnonzero(jumps != 2)
+      assert (jumps[wrapped] < 0).all()
+      np.testing.assert_array_equal(ages[wrapped + 1, probe], 0)
+      follows = begins[1:] == begins[:-1] + length
+      np.testing.assert_array_equal(follows, begins[:-1] + 2 * length < size)
+      np.testing.assert_array_equal(begins[1:][~follows], begins[0] % length)
+      wraps += len(wrapped)
+  assert 0 < wraps <= 10 and len(np.unique(read[0, :, 0])) > 3
 
 
 # Mistakes.

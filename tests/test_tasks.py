@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import string
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -107,6 +108,12 @@ def strings(task, batch) -> list[str]:
   return [task.vocabulary.decode(row) for row in np.asarray(batch[0])]
 
 
+def padded_width(case, length, time_chunk) -> int:
+  """Tokens of the longest sequence in whole chunks, and the one behind them."""
+  size = sum(case.longest(length)) + 1
+  return math.ceil(size / time_chunk) * time_chunk + 1
+
+
 def sources(case, task, batch) -> list[str]:
   return [s.split(case.separator)[0] for s in strings(task, batch)]
 
@@ -171,12 +178,6 @@ def scores(task, split, *models):
   return [metrics.summary(one) for one in sums]
 
 
-def spaced(task, tokens):
-  """The tokens and one more space."""
-  space = int(task.vocabulary.encode(" ")[0])
-  return np.pad(tokens, ((0, 0), (0, 1)), constant_values=space)
-
-
 # Algorithmic tasks: strings.
 
 
@@ -203,10 +204,11 @@ def test_outputs_are_what_python_finds(name):
   case, task = CASES[name], made(name)
   batch = batch_of(task)
   check_strings(case, task, batch, LONGEST)
-  source, output = case.longest(LONGEST)
-  assert batch[0].shape == (2048, source + 1 + output)
+  _, output = case.longest(LONGEST)
+  assert batch[0].shape == (2048, padded_width(case, LONGEST, 4))
   assert (task.min_length, task.max_length) == (2, LONGEST)
-  assert task.tokens_per_batch == 2048 * (output + 1) > batch[1].sum()
+  tokens = task.tokens_per_batch(task.max_length)
+  assert tokens == 2048 * (output + 1) > batch[1].sum()
 
 
 @pytest.mark.parametrize("name", ["copy", "add"])
@@ -233,20 +235,16 @@ def test_symbols_are_uniform(name):
 @pytest.mark.parametrize(
   ("name", "drawn", "expected"),
   [
-    ("copy", [[2, 0, 1, 2, 3]], ["cab cab    ", "ca ca      "]),
-    ("reverse", [[2, 0, 1, 2, 3]], ["cab bac    ", "ca ac      "]),
-    ("sort", [[2, 0, 1, 2, 3]], ["cab abc    ", "ca ac      "]),
+    ("copy", [[2, 0, 1, 2, 3]], ["cab cab", "ca ca"]),
+    ("reverse", [[2, 0, 1, 2, 3]], ["cab bac", "ca ac"]),
+    ("sort", [[2, 0, 1, 2, 3]], ["cab abc", "ca ac"]),
     (
       "repeat_copy",
       [[2, 0, 1, 2, 3], [[2], [4]]],
-      ["cab2 cabcab".ljust(27), "ca4 cacacaca".ljust(27)],
+      ["cab2 cabcab", "ca4 cacacaca"],
     ),
-    ("add", [[2, 9, 8, 1, 3]], ["2+9+8=19    ", "2+9=11      "]),
-    (
-      "add_120",
-      [[12, 100, 7, 0, 3]],
-      ["12+100+7=119".ljust(23), "12+100=112".ljust(23)],
-    ),
+    ("add", [[2, 9, 8, 1, 3]], ["2+9+8=19", "2+9=11"]),
+    ("add_120", [[12, 100, 7, 0, 3]], ["12+100+7=119", "12+100=112"]),
   ],
 )
 def test_known_strings(monkeypatch, name, drawn, expected):
@@ -260,25 +258,86 @@ def test_known_strings(monkeypatch, name, drawn, expected):
     assert low <= value.min() and value.max() < high
     return jnp.asarray(value)
 
+  below = lambda count, key, shape: randint(key, shape, 0, count)
   monkeypatch.setattr(jax.random, "randint", randint)
-  task = CASES[name].make(2, 5, time_chunk=4)
+  monkeypatch.setattr(algorithmic, "_below", below)
+  case = CASES[name]
+  task = case.make(2, 5, time_chunk=4)
   batch = jax.jit(lambda: task.sample((), draw(jax.random.key(0), 5)))()
-  assert strings(task, batch) == expected
+  width = padded_width(case, 5, 4)
+  assert strings(task, batch) == [one.ljust(width) for one in expected]
   assert next(values, None) is None
 
 
+def from_words(count, key, shape):
+  """The numbers below `count` of random words, in 64 bits."""
+  words = np.asarray(jax.random.bits(key, shape, jnp.uint32), np.uint64)
+  return (words // 2**8) * count // 2**24
+
+
 def test_copy_keeps_its_random_numbers():
-  # A run of an earlier version goes on with the batches it would have had.
+  # What a run is resumed with; another draw is another run.
   task = made("copy")
+  width = padded_width(CASES["copy"], LONGEST, 4)
   for seed, longest in ((0, LONGEST), (2, 4)):
     length_key, letter_key = jax.random.split(jax.random.key(seed))
     lengths = jax.random.randint(length_key, (2048, 1), 2, longest + 1)
-    letters = jax.random.randint(letter_key, (2048, LONGEST), 0, 26)
+    letters = from_words(26, letter_key, (2048, LONGEST))
     expected = []
     for (length,), row in zip(lengths.tolist(), letters.tolist(), strict=True):
       word = "".join(string.ascii_lowercase[x] for x in row[:length])
-      expected.append(f"{word} {word}".ljust(2 * LONGEST + 1))
+      expected.append(f"{word} {word}".ljust(width))
     assert strings(task, batch_of(task, seed, longest)) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 26, 121, 255, 256])
+def test_small_numbers_are_those_of_their_words(count):
+  key, shape = jax.random.key(count), (512, 64)
+  numbers = algorithmic._below(count, key, shape)
+  assert numbers.dtype == jnp.int32
+  np.testing.assert_array_equal(numbers, from_words(count, key, shape))
+
+
+@pytest.mark.parametrize(
+  ("word", "count", "expected"),
+  [
+    (0, 256, 0),
+    (2**32 - 1, 256, 255),
+    (2**32 - 1, 26, 25),
+    (2**31 - 1, 10, 4),
+    (2**31, 10, 5),
+  ],
+)
+def test_the_number_of_a_word(monkeypatch, word, count, expected):
+  words = lambda key, shape, dtype: jnp.full(shape, word, dtype)
+  monkeypatch.setattr(jax.random, "bits", words)
+  assert algorithmic._below(count, jax.random.key(0), ()) == expected
+
+
+def test_large_numbers_are_those_of_jax():
+  key, shape = jax.random.key(3), (64, 32)
+  for count in (257, 10**9):
+    np.testing.assert_array_equal(
+      algorithmic._below(count, key, shape),
+      jax.random.randint(key, shape, 0, count),
+    )
+
+
+@pytest.mark.parametrize("count", [2, 10, 26, 121, 256, 257])
+def test_numbers_below_a_count_are_uniform(count):
+  def is_even(numbers):
+    """By chi-square, with five sigma of room and what few degrees need."""
+    counts = np.bincount(numbers.ravel(), minlength=count)
+    mean, degrees = numbers.size / count, count - 1
+    squares = np.sum((counts - mean) ** 2) / mean
+    return squares < degrees + 5 * math.sqrt(2 * degrees) + 25
+
+  draws = np.asarray(algorithmic._below(count, jax.random.key(1), (2**20,)))
+  assert draws.min() == 0 and draws.max() == count - 1
+  assert is_even(draws)
+  # The rest of a byte is not, nor is what leaves out a value.
+  assert is_even(np.arange(2**20) % 256 % count) == (256 % count == 0)
+  assert not is_even(np.arange(2**20) % (count - 1))
 
 
 def test_ids_are_those_of_the_paper():
@@ -306,7 +365,8 @@ def test_sums_may_fill_32_bits():
   assert max(totals) > 2**30
   seen = chunks(task, data, batch, num_chunks)
   assert seen.weights.sum() == sum(len(str(total)) + 1 for total in totals)
-  assert 16 * num_chunks >= batch[0].shape[1] > 16 * (num_chunks - 1)
+  case = add_case(tasks.add, most)
+  assert batch[0].shape[1] == padded_width(case, 52, 16) == 16 * num_chunks + 1
   assert jax.jit(task.num_chunks)(52) == num_chunks
 
 
@@ -320,14 +380,14 @@ def test_sums_may_fill_32_bits():
 )
 def test_chunks_show_the_string_and_count_the_output(name, time_chunk):
   case = CASES[name]
-  task = case.make(8, LONGEST, time_chunk)
-  batch = jax.tree.map(lambda x: x[:32], batch_of(made(name), seed=1))
+  task = case.make(32, LONGEST, time_chunk)
+  batch = batch_of(task, seed=1)
   seen = chunks(task, (), batch, task.num_chunks(LONGEST))
+  assert seen.inputs.shape[1] + 1 == padded_width(case, LONGEST, time_chunk)
   decode = task.vocabulary.decode
   for row, shown in enumerate(strings(task, batch)):
-    padded = shown.ljust(seen.inputs.shape[1] + 1)
-    assert decode(seen.inputs[row]) == padded[:-1]
-    assert decode(seen.targets[row]) == padded[1:]
+    assert decode(seen.inputs[row]) == shown[:-1]
+    assert decode(seen.targets[row]) == shown[1:]
     answer = case.solve(shown.split(case.separator)[0]) + " "
     pairs = zip(case.separator + answer[:-1], answer, strict=True)
     assert counted_pairs(task, seen, row) == ["".join(p) for p in pairs]
@@ -335,24 +395,27 @@ def test_chunks_show_the_string_and_count_the_output(name, time_chunk):
 
 
 @pytest.mark.parametrize(
-  ("name", "shown", "weights", "pairs"),
+  ("name", "time_chunk", "shown", "weights", "pairs"),
   [
-    ("copy", "abc abc    ", "00011110000", [" a", "ab", "bc", "c "]),
-    ("copy", "abcd abcd  ", "00001111100", [" a", "ab", "bc", "cd", "d "]),
-    # The closing space lies beyond the last token.
+    ("copy", 4, "abc abc", "0001111", [" a", "ab", "bc", "c "]),
+    ("copy", 4, "abcd abcd", "000011111", [" a", "ab", "bc", "cd", "d "]),
+    # The closing space lies behind the last chunk.
     (
       "sort",
+      11,
       "dacbf abcdf",
       "00000111111",
       [" a", "ab", "bc", "cd", "df", "f "],
     ),
-    ("add", "9+8+3=20    ", "000001110000", ["=2", "20", "0 "]),
+    ("add", 4, "9+8+3=20", "00000111", ["=2", "20", "0 "]),
   ],
 )
-def test_chunks_of_known_strings(name, shown, weights, pairs):
-  task = CASES[name].make(1, 5, time_chunk=4)
-  tokens = jnp.asarray(task.vocabulary.encode(shown)[None])
-  weights = jnp.asarray([[float(digit) for digit in weights]])
+def test_chunks_of_known_strings(name, time_chunk, shown, weights, pairs):
+  case = CASES[name]
+  task = case.make(1, 5, time_chunk)
+  width = padded_width(case, 5, time_chunk)
+  tokens = jnp.asarray(task.vocabulary.encode(shown.ljust(width))[None])
+  weights = jnp.asarray([[float(x) for x in weights.ljust(width, "0")]])
   seen = chunks(task, (), (tokens, weights), task.num_chunks(5))
   assert counted_pairs(task, seen, 0) == pairs
 
@@ -369,9 +432,9 @@ def test_splits_have_their_lengths(name, split, shortest, longest):
   lengths = [case.length(source) for source in shown]
   # Of 512, one is missing with probability 50 exp(-512/50), below 0.2 percent.
   assert set(lengths) == set(range(shortest, longest + 1))
-  width = sum(case.longest(longest)) + 1
+  width = padded_width(case, longest, 4)
   assert batch[0].shape == (512, width)
-  assert num_chunks == task.num_chunks(longest) == -(-width // 4)
+  assert num_chunks == task.num_chunks(longest) == width // 4
   seen = chunks(task, data, batch, num_chunks)
   # Nothing that counts lies beyond the last chunk.
   np.testing.assert_array_equal(
@@ -443,7 +506,7 @@ def test_an_oracle_solves_the_task_and_an_echo_does_not(name, split):
   solved, echoed, even = scores(
     task,
     fixed,
-    oracle(spaced(task, fixed.batch[0]), vocab),
+    oracle(fixed.batch[0], vocab),
     echo(vocab),
     indifferent(vocab),
   )
@@ -465,7 +528,7 @@ def test_an_oracle_solves_the_task_and_an_echo_does_not(name, split):
 
 def test_one_mistake_costs_one_token_and_one_sequence():
   task, fixed = made("copy"), split_of("copy", "valid")
-  tokens = spaced(task, fixed.batch[0])
+  tokens = np.array(fixed.batch[0])
   separator = int(np.argmax(np.asarray(fixed.batch[1])[0]))
   tokens[0, separator + 1] = 0  # A digit where the first letter belongs.
   (found,) = scores(task, fixed, oracle(tokens, 100))
@@ -479,7 +542,7 @@ def test_one_mistake_costs_one_token_and_one_sequence():
 def test_the_training_loss_is_that_of_the_counted_tokens(traced):
   task, length = made("copy"), 4
   batch = jax.tree.map(lambda x: x[:8], batch_of(task, 2, length))
-  tokens = spaced(task, batch[0])
+  tokens = np.array(batch[0])
 
   @functools.partial(jax.jit, static_argnums=() if traced else 1)
   def loss(tokens, length):
@@ -495,6 +558,17 @@ def test_the_training_loss_is_that_of_the_counted_tokens(traced):
   assert loss(tokens, length) == pytest.approx(
     LARGE / float(batch[1].sum()), rel=1e-5
   )
+
+
+def test_many_predictions_are_counted_exactly():
+  many = 2**24  # From here on float32 leaves out numbers.
+  count = jnp.float32([many, 1, 1, 1, 0])
+  correct = jnp.float32([many - 1, 1, 0, 1, 0])
+  found = metrics.summary(metrics.Sums(2 * count, correct, count))
+  assert found["tokens"] == many + 3
+  assert found["accuracy"] == (many + 1) / (many + 3)
+  assert found["loss"] == 2 and found["bits"] == 2 / math.log(2)
+  assert found["sequence_accuracy"] == 1 / 2  # Of those that count.
 
 
 # Algorithmic tasks: mistakes.
@@ -551,7 +625,7 @@ def test_random_tokens_are_one_fixed_batch(source_length, time_chunk):
   np.testing.assert_array_equal(
     seen.targets[counted], tokens[:, source_length:].ravel()
   )
-  assert seen.weights.sum() == task.tokens_per_batch == 30
+  assert seen.weights.sum() == task.tokens_per_batch(task.max_length) == 30
   assert set(np.unique(seen.weights)) <= {0.0, 1.0}
   assert tokens.shape == (3, source_length + 10)
   assert len(np.unique(tokens)) > 20
@@ -570,6 +644,18 @@ def test_random_tokens_keep_their_random_numbers():
   np.testing.assert_array_equal(task.data, expected)
 
 
+@pytest.mark.parametrize("size", [0, 2**20 + 1, 10**9])
+def test_random_tokens_that_no_character_stands_for_are_refused(size):
+  with pytest.raises(ValueError, match=f"be 1 to 1048576, got {size}"):
+    tasks.random_tokens(3, size, 10, 4)
+
+
+def test_random_tokens_may_take_all_characters():
+  task = tasks.random_tokens(2, 2**20, 10, 4)
+  symbols = task.vocabulary.symbols
+  assert len(set(symbols)) == 2**20 and symbols[-1] == chr(sys.maxunicode)
+
+
 def test_random_tokens_without_a_source_are_refused():
   with pytest.raises(ValueError, match="source_length must be at least 1.*0"):
     tasks.random_tokens(3, 100, 10, 4, source_length=0)
@@ -579,10 +665,15 @@ def test_random_tokens_without_a_source_are_refused():
 
 
 def test_a_batch_depends_on_its_key_alone():
-  again = tasks.copy(2048, LONGEST, time_chunk=5, num_evaluation=1)
   first = batch_of(made("copy"), 7)
-  for same in (batch_of(made("copy"), 7), batch_of(again, 7)):
-    jax.tree.map(np.testing.assert_array_equal, same, first)
+  same = batch_of(made("copy"), 7)
+  jax.tree.map(np.testing.assert_array_equal, same, first)
+  # Other chunks only change how many spaces follow.
+  other = tasks.copy(2048, LONGEST, time_chunk=5, num_evaluation=1)
+  again = batch_of(other, 7)
+  assert again[0].shape[1] < first[0].shape[1]
+  cut = jax.tree.map(lambda x: x[:, : again[0].shape[1]], first)
+  jax.tree.map(np.testing.assert_array_equal, again, cut)
   assert not np.array_equal(batch_of(made("copy"), 8)[0], first[0])
 
 

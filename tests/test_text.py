@@ -1,6 +1,7 @@
 """Language modelling: corpora, tokenizers, token files, windows and streams."""
 
 import collections
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -9,6 +10,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import sys
 import textwrap
@@ -207,7 +209,7 @@ def test_windows_lie_inside_the_text(seq_length, time_chunk):
   num_chunks = task.num_chunks(task.max_length)
   seen = chunks(task, jnp.arange(size), batch, num_chunks)
   np.testing.assert_array_equal(seen.weights.sum(1), seq_length)
-  assert task.tokens_per_batch == seen.weights.sum()
+  assert task.tokens_per_batch(task.max_length) == seen.weights.sum()
   for row in range(512):
     counted = seen.weights[row] > 0
     expected = int(batch.start[row]) + np.arange(seq_length)
@@ -481,6 +483,41 @@ def test_a_stale_file_is_not_used(tmp_path):
   assert other.decode(ids) == read(load().train)
 
 
+class Unreadable:
+  """Documents of which some cannot be read."""
+
+  def __init__(self, good=1):
+    self.good, self.calls = good, 0
+
+  def __iter__(self):
+    self.calls += 1
+    yield "a"
+    if self.calls > self.good:
+      raise OSError(5, "Input/output error", "a/file")
+
+
+@pytest.mark.parametrize(("cached", "good"), [(False, 0), (True, 0), (True, 1)])
+def test_a_text_that_cannot_be_read_is_named(tmp_path, cached, good):
+  # Once for its digest, and again for its ids.
+  cache = str(tmp_path / "cache") if cached else ""
+  message = "cannot read the valid text: Input/output error. .*task.source"
+  with pytest.raises(ValueError, match=message):
+    token_files.load(
+      "valid", Unreadable(good), vocabularies.of_text("a\n"), cache
+    )
+  assert not list(tmp_path.glob("cache/*"))
+
+
+def test_token_ids_that_cannot_be_read_are_not_written(tmp_path):
+  vocabulary = vocabularies.of_text("a")
+  token_files.load("train", "a", vocabulary, str(tmp_path))
+  (path,) = tmp_path.iterdir()
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(ValueError, match="cannot read token ids in .*: Is a dir"):
+    token_files.load("train", "a", vocabulary, str(tmp_path))
+
+
 def test_what_was_interrupted_leaves_no_file(tmp_path):
   def broken():
     yield "a" * 10
@@ -538,7 +575,73 @@ def test_cached_and_held_tasks_are_the_same(tmp_path):
         held.splits[name](),
         cached.splits[name](),
       )
-  assert len(list(tmp_path.iterdir())) == 3
+    assert held.fingerprint == cached.fingerprint
+  files = collections.Counter(path.suffix for path in tmp_path.iterdir())
+  assert files == {".npy": 3, ".sha256": 1}
+
+
+# Fingerprints.
+
+
+def test_a_fingerprint_tells_texts_and_tokenizers_apart():
+  corpus = corpus_of(300)
+  make = lambda corpus, tokenizer: tasks.language_model(
+    corpus, tokenizer, 4, 8, 4, evaluation_rows=4
+  )
+  characters = tasks.make_tokenizer("characters", corpus.train)
+  same = tasks.make_tokenizer("characters", corpus.train)
+  first = make(corpus, characters).fingerprint
+  assert first == make(corpus, same).fingerprint
+  assert re.fullmatch("[0-9a-f]{64}", first)
+  other = corpus._replace(train=corpus.train[:-1] + "a")
+  assert corpus.train[-1] != "a"
+  # The same ids that stand for other letters.
+  symbols = characters.symbols
+  swapped = vocabularies.Vocabulary((*symbols[:2], *symbols[:1:-1]))
+  table = dict(zip(map(ord, symbols), swapped.symbols, strict=True))
+  renamed = corpus._replace(train=corpus.train.translate(table))
+  np.testing.assert_array_equal(
+    swapped.encode(renamed.train), characters.encode(corpus.train)
+  )
+  found = {
+    first,
+    make(other, characters).fingerprint,
+    make(renamed, swapped).fingerprint,
+    make(corpus, tasks.make_tokenizer("bytes", "")).fingerprint,
+  }
+  assert len(found) == 4
+  assert tasks.one_batch(make(corpus, same)).fingerprint == first
+  assert tasks.copy(1, 2, 1).fingerprint == ""
+  assert tasks.random_tokens(1, 2, 2, 1).fingerprint == ""
+
+
+def test_the_digest_of_a_file_is_made_once(tmp_path, monkeypatch):
+  text, folder = corpus_of(300).train, tmp_path / "cache"
+  vocabulary = tasks.make_tokenizer("characters", text)
+  load = lambda: token_files.load("train", text, vocabulary, str(folder))
+  first = token_files.digest(load())
+  expected = hashlib.sha256(vocabulary.encode(text).astype(np.uint8).tobytes())
+  assert first == expected.hexdigest()
+  assert first == token_files.digest(token_files.load("t", text, vocabulary))
+  ids = load()
+  monkeypatch.setattr(hashlib, "sha256", None)
+  assert token_files.digest(ids) == first
+
+
+def test_a_digest_needs_no_room(tmp_path, monkeypatch):
+  text = corpus_of(300).train
+  vocabulary = tasks.make_tokenizer("characters", text)
+  ids = token_files.load("train", text, vocabulary, str(tmp_path))
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  found = token_files.digest(ids)
+  monkeypatch.undo()
+  assert len(list(tmp_path.iterdir())) == 1
+  assert token_files.digest(ids) == found
+  assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_unknown_characters_are_counted_and_read_as_the_unknown(monkeypatch):
@@ -682,13 +785,32 @@ def test_names_that_tell_the_split_are_followed(tmp_path, names):
   }
 
 
-def test_names_that_tell_only_some_splits_are_not_followed(tmp_path):
-  write(tmp_path, ["a", "test", "train", "valid"])
-  found = splits_of(tasks.load_corpus(str(tmp_path)))
-  assert found == {
-    "train": ["a", "test"],
-    "valid": ["train"],
-    "test": ["valid"],
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (["train"], "but no file for valid and test. Add it, or rename"),
+    (["a.txt", "b.txt", "test.txt"], "but no file for train and valid. Add"),
+    (["dev.txt", "train.txt"], "but no file for test. Add it, or rename"),
+    (["README", "test", "train", "valid"], "but 'README' says none. Rename it"),
+    (
+      ["test", "train/1", "val", "train/test"],
+      "but 'train/test' says train and",
+    ),
+  ],
+)
+def test_names_that_tell_only_some_splits_are_refused(tmp_path, names, message):
+  write(tmp_path, names)
+  with pytest.raises(ValueError, match=f"say their split, {message}"):
+    tasks.load_corpus(str(tmp_path))
+
+
+def test_a_word_within_a_word_tells_no_split(tmp_path):
+  names = ["contest", "strained", "trains", "validity"]
+  write(tmp_path, names)
+  assert splits_of(tasks.load_corpus(str(tmp_path))) == {
+    "train": names[:2],
+    "valid": names[2:3],
+    "test": names[3:],
   }
 
 

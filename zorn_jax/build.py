@@ -16,6 +16,7 @@ from zorn_jax import (
   control,
   directions,
   estimators,
+  mesh,
   methods,
   models,
   probe_map,
@@ -23,7 +24,7 @@ from zorn_jax import (
   tasks,
 )
 from zorn_jax.step import Experiment
-from zorn_jax.train import CONFIG_NAME
+from zorn_jax.workdir import CONFIG_NAME
 
 _DIRECTIONS = {
   "rademacher": directions.rademacher,
@@ -32,6 +33,7 @@ _DIRECTIONS = {
   "low_rank": directions.low_rank,
   "sparse": directions.sparse,
 }
+_EPSILON_SCHEDULES = ("constant", "learning_rate")
 _POSITIVE = (
   "steps",
   "batch_size",
@@ -49,24 +51,32 @@ _TASK_SIZES = (
 )
 
 
-def experiment(config: ml_collections.ConfigDict) -> Experiment:
+def experiment(
+  config: ml_collections.ConfigDict, one_device: bool = False
+) -> Experiment:
   """All that `config` describes.
 
+  Args:
+    config: As the files in configs/ make it.
+    one_device: Whether to pass over the mesh that it asks for.
   Raises:
     ValueError: If a field is missing, unknown, or has a value that makes no
       sense; the message names it.
   """
   try:
-    return _experiment(config)
+    return _experiment(config, _layout(config, one_device))
   except (AttributeError, KeyError) as error:
     raise ValueError(
       f"the config lacks a field: {error}. Start from a file in configs/."
     ) from error
 
 
-def load(workdir: pathlib.Path) -> Experiment:
+def load(workdir: pathlib.Path, one_device: bool = True) -> Experiment:
   """The experiment of a run directory.
 
+  Args:
+    workdir: Where the run is.
+    one_device: As in :func:`experiment`.
   Raises:
     ValueError: If the directory holds no run.
   """
@@ -76,20 +86,35 @@ def load(workdir: pathlib.Path) -> Experiment:
       f"there is no run in {str(workdir)!r}: it has no {CONFIG_NAME}. Name the "
       "workdir of a run of zorn-train."
     )
-  return experiment(ml_collections.ConfigDict(json.loads(path.read_text())))
+  config = ml_collections.ConfigDict(json.loads(path.read_text()))
+  return experiment(config, one_device)
 
 
-def _experiment(config):
+def _layout(config, one_device):
+  options = config.mesh.to_dict()
+  update = options.pop("update")
+  if update not in mesh.UPDATES:
+    raise ValueError(
+      f"unknown mesh.update {update!r}. Choose one of "
+      f"{', '.join(mesh.UPDATES)}."
+    )
+  if one_device:
+    options, update = dict.fromkeys(options, 1), "replicated"
+  options["num_probes"] = config.num_probes
+  made = _call({"mesh": mesh.make}, "mesh", "mesh", options)
+  return mesh.Layout(made, update)
+
+
+def _experiment(config, layout):
   for name in _POSITIVE:
     _check_positive(name, config[name])
   task = _task(config)
-  model = _model(config, len(task.vocabulary))
+  model = _model(config, len(task.vocabulary), layout)
   factor = _schedule(config)
-  schedules = {"constant": None, "learning_rate": factor}
-  if config.epsilon_schedule not in schedules:
+  if config.epsilon_schedule not in _EPSILON_SCHEDULES:
     raise ValueError(
       f"unknown epsilon_schedule {config.epsilon_schedule!r}. Choose one of "
-      f"{', '.join(schedules)}."
+      f"{', '.join(_EPSILON_SCHEDULES)}."
     )
   if config.epsilon_schedule != "constant" and not config.epsilon:
     raise ValueError(
@@ -99,19 +124,21 @@ def _experiment(config):
   return Experiment(
     model=model,
     task=task,
-    method=_method(config, model, task),
+    method=_method(config, model, task, layout),
     optimizer=_optimizer(config, model, factor),
     watch=_watch(config)._replace(curriculum=_curriculum(config, task)),
     search=_search(config),
     num_probes=config.num_probes,
     peak_rate=config.learning_rate,
+    rate_schedule=factor,
     epsilon=config.epsilon,
-    epsilon_schedule=schedules[config.epsilon_schedule],
+    epsilon_follows=config.epsilon_schedule == "learning_rate",
     seed=config.seed,
     steps=config.steps,
     evaluate_every=config.evaluate_every,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
+    layout=layout,
   )
 
 
@@ -145,15 +172,21 @@ def _with_text(options):
   return options | {"corpus": corpus, "tokenizer": tokenizer}
 
 
-def _model(config, vocab_size):
+def _model(config, vocab_size, layout):
   options = config.model.to_dict()
   name = options.pop("name")
   options["vocab_size"] = vocab_size
   if "dtype" in options:
     options["dtype"] = _float_type("model.dtype", options["dtype"])
-  if ":" in name:
-    return models.imported(name, options)
-  return models.from_linen(_call(models.MODULES, "model", name, options))
+  if ":" not in name:
+    module = _call(models.MODULES, "model", name, options)
+    return models.shard_heads(module, layout.mesh)
+  if layout.mesh.shape["head"] > 1:
+    raise ValueError(
+      f"only models of block-diagonal heads can be split over devices, got "
+      f"{name!r} and mesh.head={layout.mesh.shape['head']}. Set mesh.head to 1."
+    )
+  return models.imported(name, options)
 
 
 def _float_type(name, value):
@@ -166,7 +199,7 @@ def _float_type(name, value):
   return jnp.dtype(value)
 
 
-def _method(config, model, task):
+def _method(config, model, task, layout):
   options = config.estimator.to_dict()
   name = options.pop("name")
   makers = {name: partial(_zero_order, name) for name in estimators.ESTIMATORS}
@@ -186,10 +219,10 @@ def _method(config, model, task):
       )
     if not unused:
       _check_positive(field, config[field])
-  return makers[name](config, model, task, options)
+  return makers[name](config, model, task, layout, options)
 
 
-def _zero_order(name, config, model, task, options):
+def _zero_order(name, config, model, task, layout, options):
   readout = options.pop("readout", "estimated")
   readout_batches = options.pop("readout_batches", 0)
   if readout not in ("estimated", "exact"):
@@ -208,7 +241,13 @@ def _zero_order(name, config, model, task, options):
       "estimator.readout to estimated."
     )
   adaptive = options.pop("adaptive", 0.0)
-  direction, options = _common(config, options)
+  parts = layout.mesh.shape["data"]
+  if config.batch_size % parts:
+    raise ValueError(
+      f"{parts} devices cannot share {config.batch_size} rows evenly. Set "
+      f"batch_size to a multiple of {parts}, or mesh.data to a divisor of it."
+    )
+  direction, options = _common(config, layout, options)
   batch_per_probe = options.get("batch_per_probe", False)
   takes_epsilon = bool(config.epsilon)
 
@@ -230,17 +269,25 @@ def _zero_order(name, config, model, task, options):
     num_probes=config.num_probes,
     batch_per_probe=batch_per_probe,
     readout_batches=readout_batches,
+    parts=parts,
+    part_map=probe_map.sharded(layout.mesh, axis="data"),
   )
 
 
-def _streaming(name, config, model, task, options):
+def _streaming(name, config, model, task, layout, options):
   if config.epsilon_schedule != "constant":
     raise ValueError(
       f"{name} carries states that were made with the epsilon of earlier "
       f"steps, got epsilon_schedule={config.epsilon_schedule!r}. Set it to "
       "constant."
     )
-  direction, options = _common(config, options)
+  for axis in ("data", "head"):
+    if layout.mesh.shape[axis] > 1:
+      raise ValueError(
+        f"{name} carries the states of whole models and batches, got "
+        f"mesh.{axis}={layout.mesh.shape[axis]}. Set it to 1."
+      )
+  direction, options = _common(config, layout, options)
   options["direction"] = direction
   unrolls = options["unrolls"]
   _check_positive("estimator.unrolls", unrolls)
@@ -255,15 +302,15 @@ def _streaming(name, config, model, task, options):
   )
 
 
-def _bptt(config, model, task, options):
-  del config
+def _bptt(config, model, task, layout, options):
+  del config, layout
   if "aggregator" in options:
     options["aggregator"] = _aggregator(options["aggregator"])
   makers = {"bptt": partial(methods.bptt, model, task)}
   return _call(makers, "estimator", "bptt", options)
 
 
-def _common(config, options):
+def _common(config, layout, options):
   """The direction, and the options with values for what names stand for."""
   direction = dict(options.pop("direction"))
   norm = direction.pop("norm", "none")
@@ -277,8 +324,8 @@ def _common(config, options):
     groups = aggregator.pop("groups")
     made = directions.grouped(made, _aggregator(aggregator), groups)
   # 0 stands for all probes at once.
-  options["probe_map"] = probe_map.sequential(
-    options.pop("probe_batch") or None
+  options["probe_map"] = probe_map.sharded(
+    layout.mesh, options.pop("probe_batch") or None
   )
   return made, options | {"num_probes": config.num_probes}
 

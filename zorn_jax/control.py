@@ -35,13 +35,13 @@ class Lesson(NamedTuple):
   Attributes:
     length: How long sequences may be, int32.
     good: Steps in a row with a loss below the threshold, int32.
-    effort: Steps so far, each counted with its length over the longest,
-      float32.
+    spent: Steps so far with sequences of each of the curriculum's lengths,
+      int32 [K].
   """
 
   length: jax.Array
   good: jax.Array
-  effort: jax.Array
+  spent: jax.Array
 
 
 class Curriculum(NamedTuple):
@@ -60,6 +60,10 @@ class Curriculum(NamedTuple):
   step: int
   threshold: float
   patience: int
+
+  def lengths(self) -> list[int]:
+    """The lengths that it goes through, K of them."""
+    return [*range(self.start, self.maximum, self.step), self.maximum]
 
 
 class Watch(NamedTuple):
@@ -98,7 +102,8 @@ def init(watch: Watch) -> Control:
 
 def _first_lesson(curriculum):
   zero = jnp.zeros((), jnp.int32)
-  return Lesson(zero + curriculum.start, zero, jnp.zeros((), jnp.float32))
+  spent = jnp.zeros(len(curriculum.lengths()), jnp.int32)
+  return Lesson(zero + curriculum.start, zero, spent)
 
 
 def scale(control: Control) -> jax.Array:
@@ -109,9 +114,16 @@ def scale(control: Control) -> jax.Array:
 
 
 def observe(
-  watch: Watch, control: Control, loss: jax.Array, grad_norm: jax.Array
+  watch: Watch,
+  control: Control,
+  loss: jax.Array,
+  grad_norm: jax.Array,
+  silent: Any = False,
 ) -> Control:
-  """Takes a step's loss, NaN where no query was finite, and gradient norm."""
+  """Takes a step's loss, NaN where no query was finite, and gradient norm.
+
+  A `silent` step, in which nothing was predicted, changes nothing.
+  """
   known = jnp.isfinite(control.average)
   finite = jnp.isfinite(loss)
   exploded = control.exploded | ~finite | ~jnp.isfinite(grad_norm)
@@ -134,7 +146,12 @@ def observe(
     grown = lesson.length > control.lesson.length
     average = jnp.where(grown, jnp.nan, average)
     peak = jnp.where(grown, 0.0, peak)
-  return Control(control.scale, average, peak, exploded, plateau, lesson)
+    if watch.plateau:
+      fresh = watch.plateau.init(jnp.zeros(()))._replace(scale=plateau.scale)
+      choose = lambda new, old: jnp.where(grown, new, old)
+      plateau = jax.tree.map(choose, fresh, plateau)
+  after = Control(control.scale, average, peak, exploded, plateau, lesson)
+  return jax.tree.map(lambda a, b: jnp.where(silent, a, b), control, after)
 
 
 def _next_lesson(curriculum, lesson, loss):
@@ -144,5 +161,5 @@ def _next_lesson(curriculum, lesson, loss):
   return Lesson(
     jnp.where(learned, longer, lesson.length),
     jnp.where(learned, 0, good),
-    lesson.effort + lesson.length / curriculum.maximum,
+    lesson.spent + (jnp.asarray(curriculum.lengths()) == lesson.length),
   )

@@ -3,6 +3,7 @@
 from concurrent import futures
 
 import jax
+import numpy as np
 
 from zorn_jax.tasks import Task
 
@@ -16,10 +17,11 @@ class Feed:
 
   Args:
     task: The task.
+    place: Where the data go; by default the first device.
   """
 
-  def __init__(self, task: Task):
-    self._task = task
+  def __init__(self, task: Task, place: jax.sharding.Sharding | None = None):
+    self._task, self._place = task, place
     self._part, self._data = None, None
     self._reader = futures.ThreadPoolExecutor(1)
     self._coming: dict[int, futures.Future] = {}
@@ -30,9 +32,25 @@ class Feed:
     part = step // every if self._task.refresh else 0
     if part != self._part:
       self._data = None  # One part at a time on the device.
-      self._data = jax.device_put(self._read(part))
+      self._data = self.put(self._read(part))
       self._part = part
     return self._data
+
+  def put(self, tree):
+    """The arrays of a tree where the data go; other leaves as they are."""
+
+    def put(x):
+      if not hasattr(x, "shape"):
+        return x
+      if jax.process_count() == 1:
+        return jax.device_put(x, self._place)
+      # Every process brings what its devices hold.
+      whole = np.asarray(x)
+      return jax.make_array_from_callback(
+        x.shape, self._place, lambda index: whole[index]
+      )
+
+    return jax.tree.map(put, tree)
 
   def close(self) -> None:
     """Stops reading."""

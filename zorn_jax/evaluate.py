@@ -14,7 +14,10 @@ from zorn_jax.tasks import Split, Task
 def evaluator(
   model: Model, task: Task
 ) -> Callable[[types.Params, Split], dict[str, float]]:
-  """A function (params, split) -> :func:`zorn_jax.metrics.summary`."""
+  """A function (params, split) -> :func:`zorn_jax.metrics.summary`.
+
+  A split on the host is copied to the device in every call.
+  """
 
   @partial(jax.jit, static_argnums=3)
   def sums(params, data, batch, num_chunks):

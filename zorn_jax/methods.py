@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zorn_jax import aggregators, metrics, types
+from zorn_jax import aggregators, metrics, probe_map, types
 from zorn_jax.estimators import Estimator
 from zorn_jax.estimators.streaming import StreamingEstimator
 from zorn_jax.models import Model
@@ -37,13 +37,19 @@ class Method(NamedTuple):
 
   Attributes:
     init: (params) -> state.
-    query: (params, state, data, now) -> (losses [n, q], measured): the passes
-      through the model. `measured` is what is known beside the scalars.
-    update: (losses, measured, params, state, now) -> (grads, state).
+    query: (params, state, data, now) -> (losses [n, q], aside): the passes
+      through the model. `aside` is what they leave beside the losses.
+    update: (losses, aside, params, state, now) -> (grads, state).
     passes_per_step: Forward passes through a batch; a backward pass counts as
       two, which is its cost.
     num_losses: How many columns are losses, from the first on.
     estimated: (params) -> those whose gradient is estimated.
+    follows_length: Whether shorter sequences cost less.
+    in_parts: Whether a loss of exactly 0 is that of a part of a sequence in
+      which nothing counts.
+    recall: (params, data, now) -> aside, apart from the queries, which then
+      return none: the losses are all that a step needs to be taken again. None
+      where that needs the queries.
   """
 
   init: Callable[[types.Params], Any]
@@ -52,6 +58,9 @@ class Method(NamedTuple):
   passes_per_step: float
   num_losses: int
   estimated: Callable[[types.Params], types.Params]
+  follows_length: bool = True
+  in_parts: bool = False
+  recall: Callable[..., Any] | None = None
 
 
 def sample_batches(task: Task, data, now: Now, num_batches: int):
@@ -73,11 +82,13 @@ def zero_order(
   num_probes: int,
   batch_per_probe: bool,
   readout_batches: int = 0,
+  parts: int = 1,
+  part_map: probe_map.ProbeMap | None = None,
 ) -> Method:
   """An estimator, with the exact gradient of the readout if wanted.
 
-  With the exact readout the losses alone do not determine the next step: a
-  replay needs the data as well.
+  With the exact readout a replay of the losses needs the data as well, and
+  computes that gradient again.
 
   Args:
     model: What is trained.
@@ -87,6 +98,8 @@ def zero_order(
     batch_per_probe: Whether every probe sees a batch of its own.
     readout_batches: Batches on which the gradient of the readout is computed,
       unperturbed; 0 estimates it as all the others.
+    parts: In how many parts the rows of a batch are read.
+    part_map: Where they are read.
   Returns:
     A :class:`Method`.
   """
@@ -94,38 +107,48 @@ def zero_order(
   prototype = make(1.0)
 
   def query(params, state, data, now):
-    num_batches = num_probes if batch_per_probe else 1
-    batch = sample_batches(task, data, now, num_batches)
     num_chunks = task.num_chunks(now.length)
-    if not batch_per_probe:
-      batch = jax.tree.map(lambda x: x[0], batch)
     body, readout = _split(params, names)
+    sample = lambda index: task.sample(data, _draw(now, now.step, index))
 
     def loss_fn(body, batch):
       params = body | readout if names else body
+      if batch_per_probe:  # Drawn where it is read.
+        batch = sample(batch)
       split = Split(data, batch, num_chunks)
-      return metrics.mean_loss(model, task, params, split)
+      return metrics.mean_loss(model, task, params, split, parts, part_map)
 
+    batch = jnp.arange(num_probes) if batch_per_probe else sample(0)
     estimator = make(now.epsilon)
-    losses = estimator.query(loss_fn, body, batch, state, now.probe_key)
+    return estimator.query(loss_fn, body, batch, state, now.probe_key), ()
+
+  def recall(params, data, now):
     if not names:
-      return losses, ()
+      return ()
     batches = sample_batches(task, data, now, readout_batches)
     batches = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
-    split = Split(data, batches, num_chunks)
-    return losses, readout_gradient(model, task, params, split)
+    split = Split(data, batches, task.num_chunks(now.length))
+    return readout_gradient(model, task, params, split)
 
-  def update(losses, measured, params, state, now):
+  def update(losses, exact, params, state, now):
     body, _ = _split(params, names)
     estimator = make(now.epsilon)
     grads, state = estimator.update(losses, body, state, now.probe_key)
-    return (grads | measured if names else grads), state
+    return (grads | exact if names else grads), state
 
   # The readout needs its states and, once more, products as many as its own.
   passes = prototype.queries_per_step + 2 * readout_batches
   estimated = lambda params: _split(params, names)[0]
   init = lambda params: prototype.init(estimated(params))
-  return Method(init, query, update, passes, prototype.num_losses, estimated)
+  return Method(
+    init,
+    query,
+    update,
+    passes,
+    prototype.num_losses,
+    estimated,
+    recall=recall,
+  )
 
 
 def _split(params, names):
@@ -187,7 +210,22 @@ def streaming(
 ) -> Method:
   """An estimator whose probes carry their states from unroll to unroll.
 
-  Every probe reads a batch of its own, in `unrolls` truncated parts.
+  Every probe reads a batch of its own, an episode, in `unrolls` truncated
+  parts, and then another one, for which its states start anew. Consecutive
+  episodes of a probe read consecutive windows of a text that is read in
+  streams; its first one may end early. The loss of a part is the mean over
+  what it scores, and zero, which says nothing, where it scores nothing.
+
+  Args:
+    model: What is trained.
+    task: What it is trained on, in sequences of full length.
+    make: Makes the estimator for an epsilon.
+    num_probes: Directions n per step.
+    unrolls: Parts of an episode; a divisor of the chunks of a sequence.
+  Returns:
+    A :class:`Method`.
+  Raises:
+    ValueError: If the text is read in parts, or `unrolls` is no divisor.
   """
   if task.refresh:
     raise ValueError(
@@ -217,8 +255,11 @@ def streaming(
 
     def sample(probe, age):
       # The data of an episode are those of the step in which it began.
-      began = now.step - age + unrolls  # Not negative.
-      return task.sample(data, _draw(now, began, probe)), age
+      began = now.step - age
+      draw = _draw(now, began + unrolls, probe)  # Not negative.
+      # Only a first episode is shorter, so that this counts them.
+      episode = -(-began // unrolls)
+      return task.sample(data, draw._replace(step=episode)), age
 
     batch = jax.vmap(sample)(jnp.arange(num_probes), state.age)
 
@@ -230,8 +271,7 @@ def streaming(
       carry, sums = metrics.stream(
         model, task, params, split, carry, age * chunks
       )
-      # Not a number, and so left out, where the part scores nothing.
-      return carry, jnp.sum(sums.loss) / jnp.sum(sums.count)
+      return carry, jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.count), 1)
 
     return make(now.epsilon).query(
       unroll, params, batch, carries, state, now.probe_key
@@ -243,7 +283,9 @@ def streaming(
     return grads, (state, carries)
 
   passes = prototype.queries_per_step / unrolls
-  return Method(init, query, update, passes, 2, lambda params: params)
+  return Method(
+    init, query, update, passes, 2, lambda params: params, in_parts=True
+  )
 
 
 def bptt(
@@ -310,4 +352,4 @@ def bptt(
 
   passes = (4 if checkpoint else 3) * micro_batches
   nothing = lambda params: ()
-  return Method(nothing, query, update, passes, 1, nothing)
+  return Method(nothing, query, update, passes, 1, nothing, False)

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from zorn_jax import types
+from zorn_jax import probe_map, types
 from zorn_jax.models import Model
 from zorn_jax.tasks import Split, Task
 
@@ -108,21 +109,67 @@ def stream_sums(
   return stream(model, task, params, split, carry, 0, checkpoint, truncation)[1]
 
 
-def mean_loss(model: Model, task: Task, params, split: Split) -> jax.Array:
-  """Mean cross-entropy of some sequences, in nats per counted token."""
-  sums = stream_sums(model, task, params, split)
-  return jnp.sum(sums.loss) / jnp.sum(sums.count)
+def mean_loss(
+  model: Model,
+  task: Task,
+  params,
+  split: Split,
+  parts: int = 1,
+  part_map: probe_map.ProbeMap | None = None,
+) -> jax.Array:
+  """Mean cross-entropy of some sequences, in nats per counted token.
+
+  Args:
+    model: The model.
+    task: Cuts the chunks.
+    params: The model's parameters, perhaps perturbed.
+    split: The sequences, B of them.
+    parts: In how many parts the sequences are read; a divisor of B.
+    part_map: Where the parts are read.
+  """
+
+  def totals(part, params, data, batch, num_chunks=split.num_chunks):
+    rows = _rows_of(task, part, parts)
+    sums = stream_sums(model, rows, params, Split(data, batch, num_chunks))
+    return jnp.sum(sums.loss), jnp.sum(sums.count)
+
+  # A number of chunks that is known stays known.
+  known = isinstance(split.num_chunks, int)
+  shared = (params, *(split[:2] if known else split))
+  if parts == 1:
+    loss, count = totals(0, *shared)
+    return loss / count
+  part_map = part_map or probe_map.sequential()
+  loss, count = part_map.map(totals, jnp.arange(parts), *shared)
+  return jnp.sum(loss) / jnp.sum(count)
+
+
+def _rows_of(task, part, parts):
+  """The task whose chunks hold one part of the rows alone."""
+  if parts == 1:
+    return task
+
+  def chunk(*args):
+    def cut(x):
+      rows = x.shape[0] // parts
+      return jax.lax.dynamic_slice_in_dim(x, part * rows, rows)
+
+    return jax.tree.map(cut, task.chunk(*args))
+
+  return task._replace(chunk=chunk)
 
 
 def summary(sums: Sums) -> dict[str, float]:
   """Loss in nats and bits, accuracy of tokens and of whole sequences."""
-  total = jax.tree.map(lambda x: float(jnp.sum(x)), sums)
+  # Counts of many sequences are not exact in float32.
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+  total = jax.tree.map(lambda x: float(x.sum()), sums)
   right = sums.correct == sums.count
   return {
     "loss": total.loss / total.count,
     "bits": total.loss / total.count / math.log(2),
     "accuracy": total.correct / total.count,
-    "sequence_accuracy": float(jnp.mean(right, where=sums.count > 0)),
+    "sequence_accuracy": float(np.mean(right, where=sums.count > 0)),
     "tokens": int(total.count),
   }
 

@@ -1,14 +1,16 @@
 """How a function is mapped over probes: how many at once, and where."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from zorn_jax import types
 
-MapFn = Callable[[Callable[[Any], types.PyTree], Any], types.PyTree]
+MapFn = Callable[..., types.PyTree]
 SumFn = Callable[[Callable[[Any], types.PyTree], Any], types.PyTree]
 
 
@@ -16,11 +18,15 @@ class ProbeMap(NamedTuple):
   """A policy for evaluating a function of one probe for all probes.
 
   Attributes:
-    map: (fn, xs) -> the stacked results fn(xs[i]).
+    map: (fn, xs, *shared) -> the stacked results fn(xs[i], *shared), on every
+      device. `fn` may close over the shared values, unless it runs in another
+      map already.
+    keep: The same, but a result stays on the device that made it.
     sum: (fn, xs) -> the sum of fn(xs[i]), never stacked, in a fixed order.
   """
 
   map: MapFn
+  keep: MapFn
   sum: SumFn
 
 
@@ -41,11 +47,12 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
       "Choose at least 1, or None for all probes at once."
     )
 
-  def map_(fn, xs):
+  def map_(fn, xs, *shared):
     num_probes = jax.tree.leaves(xs)[0].shape[0]
+    one = lambda x: fn(x, *shared)
     if batch_size is None or batch_size >= num_probes:
-      return jax.vmap(fn)(xs)
-    return jax.lax.map(fn, xs, batch_size=batch_size)
+      return jax.vmap(one)(xs)
+    return jax.lax.map(one, xs, batch_size=batch_size)
 
   def sum_(fn, xs):
     first = jax.tree.map(lambda x: x[0], xs)
@@ -58,4 +65,58 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
 
     return jax.lax.scan(add, zeros, xs)[0]
 
-  return ProbeMap(map_, sum_)
+  return ProbeMap(map_, map_, sum_)
+
+
+def sharded(
+  mesh: Mesh, batch_size: int | None = None, axis: str = "probe"
+) -> ProbeMap:
+  """Spreads probes over an axis of a mesh; only results move.
+
+  Every device evaluates its part of `xs` as :func:`sequential` does, and the
+  results of `map` are gathered in the order of the probes, so that what is
+  computed from them does not depend on the number of devices. `sum` runs on
+  every device.
+
+  Args:
+    mesh: The devices; other axes than `axis` are left to what `fn` does.
+    batch_size: Probes at once on one device; None for all that it has.
+    axis: Name of the mesh axis.
+  Returns:
+    A :class:`ProbeMap`; it raises a ValueError for a number of probes that the
+    axis does not divide.
+  """
+  inner = sequential(batch_size)
+  shards = mesh.shape[axis]
+  if shards == 1:
+    return inner
+
+  def spread(fn, xs, shared, out_specs):
+    num_probes = jax.tree.leaves(xs)[0].shape[0]
+    if num_probes % shards:
+      raise ValueError(
+        f"{shards} devices cannot share {num_probes} probes evenly. Choose a "
+        f"multiple of {shards}."
+      )
+    # Within the map of another axis, that one is manual already.
+    around = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+      fn,
+      mesh=mesh if around.empty else around,
+      in_specs=(PartitionSpec(axis), *[PartitionSpec()] * len(shared)),
+      out_specs=out_specs,
+      axis_names={axis},
+      check_vma=False,  # It takes what was gathered for different everywhere.
+    )(xs, *shared)
+
+  def map_(fn, xs, *shared):
+    def local(xs, *shared):
+      gather = lambda x: jax.lax.all_gather(x, axis, tiled=True)
+      return jax.tree.map(gather, inner.map(fn, xs, *shared))
+
+    return spread(local, xs, shared, PartitionSpec())
+
+  def keep(fn, xs, *shared):
+    return spread(partial(inner.map, fn), xs, shared, PartitionSpec(axis))
+
+  return ProbeMap(map_, keep, inner.sum)

@@ -1,6 +1,7 @@
-"""One training step, as a pure function of the state."""
+"""One training step: losses, and what they do to the state."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from zorn_jax import control, metrics
+from zorn_jax.mesh import Layout
 from zorn_jax.methods import Method, Now
 from zorn_jax.models import Model
 from zorn_jax.search import Search
@@ -27,14 +29,16 @@ class Experiment(NamedTuple):
     search: How the learning rate is searched for; None to take it as it is.
     num_probes: Directions n per step; 0 for BPTT.
     peak_rate: The learning rate that the schedule multiplies.
+    rate_schedule: (step) -> that factor.
     epsilon: Smoothing radius; 0 for a method that has none.
-    epsilon_schedule: (step) -> what the learning rate's schedule multiplies
-      epsilon with, but never below 1e-2; None for an epsilon that stays.
+    epsilon_follows: Whether epsilon follows the learning rate, but never below
+      a hundredth of what it is.
     seed: Root of every random number.
     steps: Steps of the whole run.
     evaluate_every: Steps between validations.
     checkpoint_every: Steps between checkpoints.
     log_every: Steps between lines of metrics.
+    layout: Which devices do what.
   """
 
   model: Model
@@ -45,13 +49,15 @@ class Experiment(NamedTuple):
   search: Search | None
   num_probes: int
   peak_rate: float
+  rate_schedule: Callable[[jax.Array], jax.Array]
   epsilon: float
-  epsilon_schedule: Callable[[jax.Array], jax.Array] | None
+  epsilon_follows: bool
   seed: int
   steps: int
   evaluate_every: int
   checkpoint_every: int
   log_every: int
+  layout: Layout
 
 
 _SMALLEST_FACTOR = 1e-2  # Of an epsilon that follows the learning rate.
@@ -79,59 +85,178 @@ def init_state(experiment: Experiment) -> TrainState:
   )
 
 
-def train_step(
-  experiment: Experiment, state: TrainState, data: Any
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Queries the losses, estimates the gradient and updates the parameters.
-
-  Args:
-    experiment: What is trained and how; static.
-    state: The state before the step.
-    data: `experiment.task.data`, on the device.
-  Returns:
-    The state after the step, and scalars: `loss`, the mean of the finite
-    queries; `spread`, their standard deviation; `grad_norm`; `dropped`, the
-    number of queries that were not finite; `scale`, what the learning rate was
-    multiplied with; with a curriculum `length`, that of its sequences.
-  """
-  method = experiment.method
-  scale = control.scale(state.control)
+def now(experiment: Experiment, state: TrainState) -> Now:
+  """What the step after `state` has of its own."""
   epsilon = experiment.epsilon
-  if experiment.epsilon_schedule:
-    factor = scale * experiment.epsilon_schedule(state.step)
+  if experiment.epsilon_follows:
+    factor = control.scale(state.control) * experiment.rate_schedule(state.step)
     # Below, differences of losses would be differences of roundings.
     epsilon = epsilon * jnp.maximum(factor, _SMALLEST_FACTOR)
   lesson = state.control.lesson
-  now = Now(
+  return Now(
     state.step,
     jax.random.fold_in(state.probe_key, state.step),
     state.data_key,
     epsilon,
     lesson.length if lesson else experiment.task.max_length,
   )
-  queried, measured = method.query(state.params, state.method_state, data, now)
-  grads, method_state = method.update(
-    queried, measured, state.params, state.method_state, now
+
+
+def query(
+  experiment: Experiment, state: TrainState, data: Any
+) -> tuple[jax.Array, Any]:
+  """The passes through the model: losses [n, q], and what is left beside.
+
+  Args:
+    experiment: What is trained and how; static.
+    state: The state before the step.
+    data: `experiment.task.data`, on the device.
+  """
+  return experiment.method.query(
+    state.params, state.method_state, data, now(experiment, state)
   )
+
+
+def update(
+  experiment: Experiment, state: TrainState, losses: jax.Array, aside: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Estimates the gradient from the losses and updates the parameters.
+
+  Args:
+    experiment: What is trained and how; static.
+    state: The state before the step.
+    losses: [n, q], as `query` has them.
+    aside: What `query` left, or the method recalls.
+  Returns:
+    The state after the step, and scalars: `loss`, the mean of the finite
+    queries; `spread`, their standard deviation; `grad_norm`; `dropped`, the
+    number of queries that were not finite; `epsilon`; `rate`, the learning
+    rate; `scale`, what it was multiplied with; with a curriculum `length`, that
+    of its sequences.
+  """
+  method, model, layout = experiment.method, experiment.model, experiment.layout
+  this, scale = now(experiment, state), control.scale(state.control)
+  grads, method_state = method.update(
+    losses, aside, state.params, state.method_state, this
+  )
+  if layout.update == "sharded":
+    placed = layout.place(grads, model.specs)
+    slices = layout.slices(grads, placed)
+    grads = jax.lax.with_sharding_constraint(grads, slices)
   updates, opt_state = experiment.optimizer.update(
     _wide(grads), state.opt_state, _wide(state.params)
   )
   updates = jax.tree.map(lambda x: scale * x, updates)
-  losses = queried[:, : method.num_losses]
-  finite = jnp.isfinite(losses)
-  loss, grad_norm = jnp.mean(losses, where=finite), metrics.norm(grads)
+  queried = losses[:, : method.num_losses]
+  finite = jnp.isfinite(queried)
+  silent = (queried == 0) & method.in_parts
+  loss = jnp.mean(queried, where=finite & ~silent)
+  loss = jnp.where(silent.all(), 0.0, loss)
+  grad_norm = metrics.norm(grads)
   new_state = state._replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     method_state=method_state,
-    control=control.observe(experiment.watch, state.control, loss, grad_norm),
+    control=control.observe(
+      experiment.watch, state.control, loss, grad_norm, silent.all()
+    ),
   )
   values = {
     "loss": loss,
-    "spread": jnp.std(losses, where=finite),
+    "spread": jnp.std(queried, where=finite & ~silent),
     "grad_norm": grad_norm,
     "dropped": jnp.sum(~finite),
+    "epsilon": jnp.float32(this.epsilon),
+    "rate": scale * experiment.peak_rate * experiment.rate_schedule(state.step),
     "scale": scale,
   }
+  lesson = state.control.lesson
   return new_state, values | ({"length": lesson.length} if lesson else {})
+
+
+def train_step(
+  experiment: Experiment, state: TrainState, data: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """A whole step: :func:`query`, then :func:`update`."""
+  losses, aside = query(experiment, state, data)
+  if experiment.method.recall:
+    this = now(experiment, state)
+    aside = experiment.method.recall(state.params, data, this)
+  return update(experiment, state, losses, aside)
+
+
+class Programs(NamedTuple):
+  """A step compiled in parts, which every use of it shares.
+
+  A run that is resumed or replayed runs the same `update` as the one that is
+  not interrupted, so that it rounds in the same way.
+
+  Attributes:
+    init: () -> the first state.
+    query: (state, data) -> (losses, scalars, aside), by the queries. The
+      scalars are epsilon and what the learning rate is multiplied with.
+    recall: (state, data) -> aside, without them; None if there is none.
+    update: (state, losses, aside) -> (state, values). Uses up its state.
+    attempt: The same, but the state can be used again.
+    template: Shapes and places of the state.
+  """
+
+  init: Callable[[], TrainState]
+  query: Callable[..., Any]
+  recall: Callable[..., Any] | None
+  update: Callable[..., Any]
+  attempt: Callable[..., Any]
+  template: TrainState
+
+
+def programs(experiment: Experiment) -> Programs:
+  """Compiles nothing yet: each part when it is first called."""
+  layout, method = experiment.layout, experiment.method
+  template = _template(experiment)
+  places = jax.tree.map(lambda leaf: leaf.sharding, template)
+  # The states that some methods carry stay with their probes.
+  after = places._replace(method_state=None)
+
+  def recall(state, data):
+    return method.recall(state.params, data, now(experiment, state))
+
+  def ask(state, data):
+    losses, aside = query(experiment, state, data)
+    scalars = now(experiment, state).epsilon, control.scale(state.control)
+    return losses, jnp.stack([jnp.float32(x) for x in scalars]), aside
+
+  everywhere = layout.everywhere
+  updated = (after, everywhere)
+  step = partial(update, experiment)
+  return Programs(
+    init=jax.jit(partial(init_state, experiment), out_shardings=places),
+    query=jax.jit(ask, out_shardings=(everywhere, everywhere, None)),
+    recall=jax.jit(recall, out_shardings=everywhere) if method.recall else None,
+    update=jax.jit(step, donate_argnums=0, out_shardings=updated),
+    attempt=jax.jit(step, out_shardings=updated),
+    template=template,
+  )
+
+
+def _template(experiment):
+  """The state's shapes, with where each leaf lives."""
+  layout = experiment.layout
+  state = jax.eval_shape(partial(init_state, experiment))
+  placed = layout.place(state.params, experiment.model.specs)
+  places = jax.tree.map(lambda leaf: layout.everywhere, state)
+  opt_state = optax.tree.map_params(
+    experiment.optimizer,
+    lambda leaf, sharding: sharding,
+    state.opt_state,
+    layout.slices(state.params, placed),
+    transform_non_params=lambda leaf: layout.everywhere,
+  )
+  places = places._replace(params=placed, opt_state=opt_state)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    state,
+    places,
+  )

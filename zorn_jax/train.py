@@ -1,9 +1,7 @@
-"""The training loop: steps, validation, checkpoints, metrics."""
+"""The training loop: steps, validation, checkpoints, journal, metrics."""
 
 import contextlib
-import json
 import math
-import os
 import pathlib
 import signal
 import time
@@ -13,68 +11,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
-from zorn_jax import control, evaluate, loggers, plots, search
+from zorn_jax import (
+  control,
+  evaluate,
+  journal,
+  loggers,
+  mesh,
+  plots,
+  processes,
+  search,
+)
 from zorn_jax.checkpoint import Checkpoints
 from zorn_jax.data import Feed
-from zorn_jax.step import Experiment, init_state, train_step
-from zorn_jax.train_state import TrainState
-
-CONFIG_NAME = "config.json"
-CHECKPOINTS_NAME = "checkpoints"
-
-
-def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-  """Makes `workdir` the directory of the run with this config.
-
-  Args:
-    workdir: Made where it does not exist.
-    config: Plain values, as they are written to `config.json`.
-  Raises:
-    ValueError: If the directory cannot be written or belongs to a run with
-      another config.
-  """
-  config = json.loads(json.dumps(config))
-  path = workdir / CONFIG_NAME
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(13, "Permission denied")
-    if not path.exists():
-      scratch = path.with_suffix(".tmp")
-      scratch.write_text(json.dumps(config, indent=2) + "\n")
-      os.replace(scratch, path)
-      return
-  except OSError as error:
-    raise ValueError(
-      f"cannot write to the workdir {str(workdir)!r}: {error.strerror}. "
-      "Name a writable directory with free space."
-    ) from error
-  found = json.loads(path.read_text())
-  if found != config:
-    raise ValueError(
-      f"the workdir {str(workdir)!r} belongs to another config, which differs "
-      f"in {', '.join(_differences(found, config))}. Use another workdir, or "
-      "the same config to resume."
-    )
-
-
-def _differences(found, wanted, prefix=""):
-  """Dotted names of the fields in which two configs differ."""
-  names = []
-  for key in sorted(found.keys() | wanted.keys()):
-    a, b = found.get(key), wanted.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      names += _differences(a, b, f"{prefix}{key}.")
-    elif a != b:
-      names.append(f"{prefix}{key} ({a} there, {b} here)")
-  return names
+from zorn_jax.lock import lock
+from zorn_jax.replay import replay
+from zorn_jax.step import Experiment, Programs, programs, query, train_step
+from zorn_jax.workdir import CHECKPOINTS_NAME, JOURNAL_NAME, claim, fingerprint
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
-  """Yields a function that says whether SIGTERM or SIGINT has come."""
+  """Yields a function that says whether the run is to stop after a step."""
+  if processes.count() > 1:
+    yield processes.stopping  # All of them after the same step.
+    return
   received = []
   handled = (signal.SIGTERM, signal.SIGINT)
   previous = {
@@ -82,7 +45,7 @@ def _stop_on_signal():
     for number in handled
   }
   try:
-    yield lambda: bool(received)
+    yield lambda step: bool(received)
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
@@ -94,7 +57,7 @@ def train(
   config: dict[str, Any],
   logger_names=(),
 ) -> bool:
-  """Trains until the last step, from the newest checkpoint if there is one.
+  """Trains until the last step, from where an earlier run in `workdir` ended.
 
   Args:
     experiment: What to train.
@@ -105,40 +68,96 @@ def train(
     Whether the last step was reached; False after SIGTERM or SIGINT, when the
     state has been saved (an exploded one is not).
   Raises:
-    ValueError: If the workdir cannot be used or a logger is missing.
+    ValueError: If the workdir cannot be used, another process trains in it, or
+      a logger is missing.
   """
-  initial = partial(init_state, experiment)
+  parts = programs(experiment)
   # Mistakes that only show in the traced step must not claim the workdir.
-  jax.eval_shape(
-    lambda: train_step(experiment, initial(), experiment.task.data)
+  data = jax.eval_shape(lambda: experiment.task.data)
+  losses, aside = jax.eval_shape(
+    partial(query, experiment), parts.template, data
   )
-  claim(workdir, config)
-  checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
-  restored = checkpoints.restore(jax.eval_shape(initial))
-  if restored is None:
-    state, first_step = jax.jit(initial)(), 0
-  else:
-    state, first_step, _ = restored
-    logging.info("resuming from step %d", first_step)
-  with (
-    contextlib.ExitStack() as stack,
-    _stop_on_signal() as stopped,
-  ):
+  jax.eval_shape(partial(train_step, experiment), parts.template, data)
+  first = processes.is_first()
+  with contextlib.ExitStack() as stack, _stop_on_signal() as stopped:
+    if first:
+      claim(workdir, config, experiment.task.fingerprint)
+      stack.enter_context(lock(workdir))
+    processes.barrier("claimed")
+    logging.info("%s", mesh.describe(experiment.layout))
+    checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
     stack.callback(checkpoints.close)
-    logs = loggers.make(
-      logger_names, workdir, config, first_step, experiment.steps
-    )
+    feed = Feed(experiment.task, experiment.layout.everywhere)
+    stack.callback(feed.close)
+    restored = checkpoints.restore(parts.template)
+    state, saved, _ = restored or (parts.init(), 0, None)
+    step = saved
+    diary = None
+    if experiment.method.recall:
+      identity = fingerprint(config, experiment.task.fingerprint)
+      header = journal.Header(identity, *losses.shape)
+      diary, records = _open_journal(
+        experiment, workdir, header, step, checkpoints.steps()
+      )
+      if diary:
+        stack.callback(diary.close)
+      state = replay(parts, state, records, feed)
+      step += len(records)
+    if step:
+      logging.info("resuming from step %d", step)
+    logs = []
+    if first:
+      logs = loggers.make(logger_names, workdir, config, step, experiment.steps)
     for logger in logs:
       stack.callback(logger.close)
     seconds = loggers.last_seconds(workdir)
-    feed = Feed(experiment.task)
-    stack.callback(feed.close)
     run = _Run(
-      experiment, jax.jit(initial), checkpoints, logs, stopped, feed, seconds
+      experiment, parts, checkpoints, diary, logs, stopped, feed, seconds
     )
-    step = _loop(run, state, first_step)
-  plots.plot_losses(workdir)
+    step = _loop(run, state, step, saved)
+  if first:
+    plots.plot_losses(workdir)
   return step == experiment.steps
+
+
+def _open_journal(experiment, workdir, header, step, saved):
+  """The journal, for the process that writes it, and the records to replay.
+
+  A step whose line of metrics or whose checkpoint is missing was cut short: it
+  is taken again.
+  """
+  path = workdir / JOURNAL_NAME
+  diary, last = None, 0
+  if processes.is_first():
+    diary = journal.Journal(path, header)
+    logged = {
+      line["step"] for line in loggers.read_jsonl(workdir / loggers.JSONL_NAME)
+    }
+    last = diary.last_step
+    for number in range(step + 1, diary.last_step + 1):
+      due = partial(_due, experiment, number)
+      if (due(experiment.log_every) and number not in logged) or (
+        due(experiment.checkpoint_every) and number not in saved
+      ):
+        last = number - 1
+        break
+    if last < step or diary.first_step > step + 1:
+      if diary.last_step:
+        logging.warning(
+          "the journal has the steps %d to %d, which do not lead on from the "
+          "checkpoint of step %d: it begins anew there",
+          diary.first_step,
+          diary.last_step,
+          step,
+        )
+      diary.close()
+      path.unlink()
+      diary, last = journal.Journal(path, header), step
+    diary.rewind(last)
+  last = processes.share(last)
+  if last == step:
+    return diary, []
+  return diary, journal.read(path, header, after=step)[1]
 
 
 def restore_params(
@@ -150,7 +169,7 @@ def restore_params(
     ValueError: If there is no readable checkpoint.
   """
   checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
-  template = jax.eval_shape(partial(init_state, experiment)).params
+  template = programs(experiment).template.params
   restored = checkpoints.restore_params(template, "best" if best else None)
   if restored is None:
     raise ValueError(
@@ -165,36 +184,43 @@ class _Run(NamedTuple):
   """What the loop needs beside its state."""
 
   experiment: Experiment
-  initial: Callable[[], TrainState]
+  parts: Programs
   checkpoints: Checkpoints
+  journal: journal.Journal | None
   logs: list[loggers.Logger]
-  stopped: Callable[[], bool]
+  stopped: Callable[[int], bool]
   feed: Feed
   seconds: float  # Time that earlier processes spent on this run.
 
 
-def _loop(run, state, step):
-  """Trains from `step` on; returns the number of the last step."""
-  experiment = run.experiment
-  step_fn = partial(train_step, experiment)
-  advance = jax.jit(step_fn, donate_argnums=0)
-  attempt = jax.jit(step_fn)
-  explodes = jax.jit(lambda *args: step_fn(*args)[0].control.exploded)
+def _loop(run, state, step, saved):
+  """Trains from `step` on, `saved` on disk; returns the last step's number."""
+  experiment, parts = run.experiment, run.parts
   score = evaluate.evaluator(experiment.model, experiment.task)
-  valid = experiment.task.splits["valid"]()
-  saved, rollbacks = step, 0
+  valid = run.feed.put(experiment.task.splits["valid"]())
+  rollbacks = 0
   meter = _Meter(experiment, state, step, run.seconds)
-  if experiment.search and step == 0:
-    state = _searched(experiment, attempt, state, run.feed.at(0))
-  while step < experiment.steps and not run.stopped():
-    state, step_metrics = advance(state, run.feed.at(step))
+  if experiment.search and not step and not run.checkpoints.steps():
+    state = _searched(run, state, step)
+  while step < experiment.steps and not run.stopped(step):
+    if _wants_search(experiment, state, step):
+      state = _searched(run, state, step)
+    data = run.feed.at(step)
+    losses, scalars, aside = parts.query(state, data)
+    if parts.recall:
+      aside = parts.recall(state, data)
+    state, step_metrics = parts.update(state, losses, aside)
     step += 1
+    if run.journal:
+      epsilon, scale = np.asarray(scalars)
+      record = journal.Record(step, epsilon, scale, np.asarray(losses))
+      run.journal.append(record)
     due = partial(_due, experiment, step)
     logging_now, saving = map(
       due, (experiment.log_every, experiment.checkpoint_every)
     )
     if (logging_now and bool(state.control.exploded)) or (
-      saving and bool(explodes(state, run.feed.at(step)))
+      saving and _explodes(run, state, step)
     ):
       rollbacks += 1
       watched, state = state.control, None  # One copy at a time.
@@ -206,8 +232,6 @@ def _loop(run, state, step):
     if logging_now:
       values |= {name: float(x) for name, x in step_metrics.items()}
       values |= meter.read(state, step)
-      if step < experiment.steps and _wants_search(experiment, state):
-        state = _searched(experiment, attempt, state, run.feed.at(step))
     if due(experiment.evaluate_every):
       scores = score(state.params, valid)
       values |= {f"valid_{name}": x for name, x in scores.items()}
@@ -215,20 +239,46 @@ def _loop(run, state, step):
       for logger in run.logs:
         logger.log(step, values)
     if saving:
-      run.checkpoints.save(step, state, _rank_by(values))
+      _save(run, step, state, _rank_by(values))
       saved, rollbacks = step, 0
   if saved != step and not bool(state.control.exploded):
-    run.checkpoints.save(step, state, {})
+    _save(run, step, state, {})
   return step
 
 
+def _save(run, step, state, metrics):
+  """Writes a checkpoint that the journal on the disk leads on from."""
+  if run.journal:
+    run.journal.sync()
+  run.checkpoints.save(step, state, metrics)
+
+
+def _explodes(run, state, step):
+  """Whether the next step would."""
+  attempt, _ = _attempt(run.parts, state, run.feed.at(step))
+  return bool(attempt.control.exploded)
+
+
+def _attempt(parts, state, data):
+  """A step whose state can be used again."""
+  losses, _, aside = parts.query(state, data)
+  if parts.recall:
+    aside = parts.recall(state, data)
+  return parts.attempt(state, losses, aside)
+
+
 def _roll_back(run, watched, step, rollbacks):
-  """The newest regular checkpoint, or the start, with half the rate."""
+  """The newest regular checkpoint, or the start, with half the rate.
+
+  All that is later is dropped, and the checkpoint is saved again with the new
+  rate, of which no record of a step knows.
+  """
   loss = float(watched.average)
   every = run.experiment.checkpoint_every
   # One that a signal left is passed over, as if the signal had not come.
   steps = [step for step in run.checkpoints.steps() if step % every == 0]
-  if math.isnan(loss) and not steps:
+  first_lesson = not watched.lesson or not watched.lesson.spent[1:].any()
+  if math.isnan(loss) and not any(steps) and first_lesson:
     raise ValueError(
       f"no loss was finite until step {step}: the model gives none from its "
       "first batch on. Look at the model's initial scales and the data."
@@ -240,10 +290,10 @@ def _roll_back(run, watched, step, rollbacks):
       "rate, or look for what makes the losses jump."
     )
   if steps:
-    template = jax.eval_shape(run.initial)
-    state, back, _ = run.checkpoints.restore(template, steps[-1])
+    restored = run.checkpoints.restore(run.parts.template, steps[-1])
+    state, back, metrics = restored
   else:
-    state, back = run.initial(), 0
+    state, back, metrics = run.parts.init(), 0, {}
   # Half of what was in force, whatever the plateau was at the checkpoint.
   halved = control.scale(watched) / 2
   scale = halved / control.scale(state.control._replace(scale=jnp.float32(1)))
@@ -257,20 +307,28 @@ def _roll_back(run, watched, step, rollbacks):
   )
   for logger in run.logs:
     logger.rewind(back)
+  run.checkpoints.forget(back)
+  if run.journal:
+    run.journal.rewind(max(back, run.journal.first_step - 1))
   # The checkpoint may lie on the way up: what comes is measured against itself.
   again = state.control._replace(scale=scale, average=jnp.float32(jnp.nan))
-  return state._replace(control=again), back
+  state = state._replace(control=again)
+  run.checkpoints.save(back, state, metrics)
+  return state, back
 
 
-def _wants_search(experiment, state):
+def _wants_search(experiment, state, step):
   """Whether the loss stands still and a search is to find another rate."""
   if not (experiment.search and experiment.search.on_plateau):
+    return False
+  if step % experiment.log_every:
     return False
   return float(state.control.plateau.scale) < 1
 
 
-def _searched(experiment, attempt, state, data):
+def _searched(run, state, step):
   """The state with the learning rate that the search likes best."""
+  experiment, data = run.experiment, run.feed.at(step)
   fresh = control.init(experiment.watch)
   fresh = fresh._replace(lesson=state.control.lesson)
 
@@ -281,14 +339,16 @@ def _searched(experiment, attempt, state, data):
   def trial(rate):
     tried = with_rate(rate)
     for _ in range(experiment.search.steps):
-      tried, _ = attempt(tried, data)
+      tried, _ = _attempt(run.parts, tried, data)
     # The new parameters, on the data and probes of the first step.
-    _, values = attempt(state._replace(params=tried.params), data)
+    _, values = _attempt(run.parts, state._replace(params=tried.params), data)
     return math.inf if values["dropped"] else float(values["loss"])
 
   rate = search.best_rate(experiment.search, trial)
   logging.info("the search found a peak learning rate of %.3g", rate)
-  return with_rate(rate)
+  state = with_rate(rate)
+  run.checkpoints.save(step, state, {})  # No record of a step knows of it.
+  return state
 
 
 def _due(experiment, step, every):
@@ -311,32 +371,35 @@ class _Meter:
   """
 
   def __init__(self, experiment, state, step, seconds):
-    tokens = experiment.task.tokens_per_batch
-    self._tokens_per_step = experiment.method.passes_per_step * tokens
+    self._experiment = experiment
     self._seconds = seconds
-    self._last = (time.monotonic(), _effort(state, step))
+    self._last = (time.monotonic(), _tokens(experiment, state, step))
 
   def restart(self, state, step):
     """Counts from `step` on; the time of what was rolled back is kept."""
     now = time.monotonic()
     self._seconds += now - self._last[0]
-    self._last = (now, _effort(state, step))
+    self._last = (now, _tokens(self._experiment, state, step))
 
   def read(self, state, step):
-    before, last_effort = self._last
-    effort = _effort(state, step)
-    self._last = (time.monotonic(), effort)
+    before, last_tokens = self._last
+    tokens = _tokens(self._experiment, state, step)
+    self._last = (time.monotonic(), tokens)
     elapsed = self._last[0] - before
     self._seconds += elapsed
-    tokens = (effort - last_effort) * self._tokens_per_step
     return {
-      "forward_tokens": effort * self._tokens_per_step,
+      "forward_tokens": tokens,
       "seconds": self._seconds,
-      "tokens_per_second": tokens / elapsed,
+      "tokens_per_second": (tokens - last_tokens) / elapsed,
     }
 
 
-def _effort(state, step):
-  """Steps so far, those with shorter sequences counted for their share."""
-  lesson = state.control.lesson
-  return float(lesson.effort) if lesson else step
+def _tokens(experiment, state, step):
+  """Forward tokens of the first `step` steps."""
+  task, method = experiment.task, experiment.method
+  spent = {task.max_length: step}
+  if state.control.lesson and method.follows_length:
+    lengths = experiment.watch.curriculum.lengths()
+    spent = dict(zip(lengths, state.control.lesson.spent.tolist(), strict=True))
+  batches = (n * task.tokens_per_batch(x) for x, n in spent.items())
+  return method.passes_per_step * sum(batches)

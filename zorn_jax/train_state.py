@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from zorn_jax import types
 from zorn_jax.control import Control
@@ -40,7 +41,7 @@ def digest(tree: types.PyTree) -> str:
 
   Args:
     tree: A tree of arrays; typed keys count as their key data. On several
-      hosts every leaf must be replicated or local.
+      hosts, all of them call it, and what is spread over them is gathered.
   Returns:
     64 hexadecimal digits. They do not depend on names, shapes or sharding.
   """
@@ -48,5 +49,9 @@ def digest(tree: types.PyTree) -> str:
   for leaf in jax.tree.leaves(tree):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+    ):
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     sha.update(np.asarray(leaf).tobytes())
   return sha.hexdigest()

@@ -81,6 +81,12 @@ def get_config(arg=""):
   config.checkpoint_every = 100
   config.loggers = ()
 
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.probe = 0  # Devices that share the probes; 0 for all.
+  config.mesh.data = 1  # That share the rows of a batch.
+  config.mesh.head = 1  # That share a model.
+  config.mesh.update = "replicated"  # Or sharded over the devices.
+
   config.task = ml_collections.ConfigDict()
   config.task.name = "random_tokens"
   config.task.vocab_size = 100

@@ -177,7 +177,7 @@ def _streaming(
 
       return jax.vmap(at)(scales, carries)
 
-    return probe_map.map(unroll_pair, (keys, carries, batch, state.age == 0))
+    return probe_map.keep(unroll_pair, (keys, carries, batch, state.age == 0))
 
   def update(losses, params, state, key):
     losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.

@@ -5,6 +5,7 @@ from functools import partial
 from zorn_jax.models.cells import CELLS
 from zorn_jax.models.dnc import DNC
 from zorn_jax.models.dnc_graves import DNCGraves
+from zorn_jax.models.heads import shard_heads
 from zorn_jax.models.imported import from_nnx, imported
 from zorn_jax.models.linen import from_linen
 from zorn_jax.models.recurrent import Recurrent
@@ -22,4 +23,5 @@ __all__ = [
   "from_linen",
   "from_nnx",
   "imported",
+  "shard_heads",
 ]

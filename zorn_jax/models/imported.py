@@ -30,8 +30,8 @@ def imported(path: str, options: dict[str, Any]) -> Model:
     A :class:`Model`.
   Raises:
     ValueError: If there is no such class, it is no Flax module, lacks a
-      method, does not take the options, or keeps variables that are not
-      parameters.
+      method, does not take the options, keeps variables that are not
+      parameters, or names parameters that it does not have.
   """
   made = _class_of(path)
   for method in ("initial_carry", "__call__"):
@@ -50,6 +50,7 @@ def imported(path: str, options: dict[str, Any]) -> Model:
       f"{path} cannot be made with {', '.join(options)}: {error}. Give the "
       "fields of config.model its parameters' names."
     ) from error
+  _check_names(path, model)
   return model if getattr(made, "PERTURBED", False) else _plain(model)
 
 
@@ -110,6 +111,20 @@ def _class_of(path):
       "flax.nnx.Module."
     )
   return made
+
+
+def _check_names(path, model):
+  named = {"READOUT": model.readout, "DECAYED": model.decayed}
+  if not any(named.values()):
+    return
+  known = jax.eval_shape(model.init, jax.random.key(0))
+  for attribute, names in named.items():
+    wrong = [name for name in names if name not in known]
+    if wrong:
+      raise ValueError(
+        f"{attribute} of {path} names {wrong[0]!r}, which is no parameter. "
+        f"Name a tuple of some of {', '.join(sorted(known))}."
+      )
 
 
 def _plain(model):

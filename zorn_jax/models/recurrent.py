@@ -11,6 +11,7 @@ Layers after the first may normalise their input and add it to their output. One
 layer of `lstm` is the model of arXiv:2505.17852.
 """
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -45,6 +46,11 @@ class Recurrent(nn.Module):
   by D in, and `b` [G, N, D]; those of the second `w_in_1` [H, G H], `r_1` and
   `b_1`, and so on. The GRU's `b` has a fourth row, the bias b_rn that its reset
   gate scales together with the recurrent product.
+
+  The columns of `w_in` are ordered head, gate, unit: G D of them for the first
+  head, D for each gate, then those of the second. Any contiguous part of all
+  these parameters' heads is a model of these heads, which
+  :func:`zorn_jax.models.shard_heads` gives to one device.
 
   Attributes:
     cell: "lstm", "gru", "slstm" or "elman".
@@ -128,7 +134,7 @@ class Recurrent(nn.Module):
   @property
   def DECAYED(self) -> tuple[str, ...]:  # noqa: N802 (what `from_linen` reads)
     matrices = [
-      _name(stem, index)
+      name_of(stem, index)
       for index in range(self.num_layers)
       for stem in ("w_in", "r")
     ]
@@ -137,6 +143,11 @@ class Recurrent(nn.Module):
   @property
   def head_size(self) -> int:
     return self.hidden_size // self.num_heads
+
+  @property
+  def _width(self) -> int:
+    """The width of what layers after the first read."""
+    return self.hidden_size
 
   @property
   def _cell(self) -> cells.Cell:
@@ -163,12 +174,12 @@ class Recurrent(nn.Module):
 
     def layer(index, width):
       def add(stem, init, *shape):
-        params[stem] = param(_name(stem, index), init, *shape)
+        params[stem] = param(name_of(stem, index), init, *shape)
 
       params = {}
       if self.layer_norm and index:
-        add("norm_scale", ones, hidden)
-        add("norm_bias", zeros, hidden)
+        add("norm_scale", ones, width)
+        add("norm_bias", zeros, width)
       gates = len(cell.gates)
       add("w_in", _scaled_normal(1 / width), width, gates * hidden)
       add("r", _scaled_normal(1 / head), gates, heads, head, head)
@@ -180,7 +191,7 @@ class Recurrent(nn.Module):
     self.embed = param(
       "embed", _scaled_normal(self.embedding_scale**2), vocab, embed
     )
-    widths = [embed] + [hidden] * (self.num_layers - 1)
+    widths = [embed] + [self._width] * (self.num_layers - 1)
     self.layers = [layer(index, width) for index, width in enumerate(widths)]
     self.w_proj = param("w_proj", _scaled_normal(1 / fan_in), vocab, hidden)
     self.b_proj = param("b_proj", zeros, vocab)
@@ -213,25 +224,53 @@ class Recurrent(nn.Module):
     """
     batch, length = tokens.shape
     first, *others = self.layers
+    w_in = self._by_gate(first["w_in"])
     if self.vocab_size <= max(batch * length, MAX_TABLE_ROWS):
-      table = perturbed.matmul(self.embed, first["w_in"])
+      table = perturbed.matmul(self.embed, w_in)
       project = lambda token: perturbed.take(table, token)
     else:
       project = lambda token: perturbed.matmul(
-        perturbed.take(self.embed, token), first["w_in"]
+        perturbed.take(self.embed, token), w_in
       )
     count = len(self._cell.states)
     after, x = self._scan(first, carry[:count], tokens.T, project)
     for index, layer in enumerate(others, 1):
-      y = _normalize(layer, x) if self.layer_norm else x
-      y = perturbed.matmul(y.astype(self.dtype), layer["w_in"])
+      y = self._gather(x)
+      y = _normalize(layer, y) if self.layer_norm else y
+      y = perturbed.matmul(y.astype(self.dtype), self._by_gate(layer["w_in"]))
       state = carry[index * count : (index + 1) * count]
       state, h = self._scan(layer, state, y, lambda row: row)
       after += state
       x = x + h if self.residual else h
     logits = perturbed.matmul(x.astype(self.dtype), self.w_proj.mT)
-    logits = logits + perturbed.materialize(self.b_proj)[None, None]
+    logits = self._sum(logits) + perturbed.materialize(self.b_proj)[None, None]
     return after, logits.swapaxes(0, 1)
+
+  def _gather(self, x):
+    """What the next layer reads [C, B, H], of the outputs of these heads."""
+    return x
+
+  def _sum(self, logits):
+    """The logits, of those of these heads."""
+    return logits
+
+  def _by_gate(self, w_in):
+    """The columns ordered gate, head, unit, as a step of time takes them.
+
+    Ordered once for a chunk, and for factors that is all they cost.
+    """
+    gates, heads, head = len(self._cell.gates), self.num_heads, self.head_size
+
+    def order(x):
+      *rows, _ = x.shape
+      x = x.reshape(*rows, heads, gates, head).swapaxes(-3, -2)
+      return x.reshape(*rows, -1)
+
+    if not perturbed.is_perturbed(w_in):
+      return order(w_in)
+    return dataclasses.replace(
+      w_in, value=order(w_in.value), right=order(w_in.right)
+    )
 
   def _scan(self, layer, state, xs, project):
     """One layer over time: the last state, and outputs [C, B, H] in float32."""
@@ -256,8 +295,8 @@ class Recurrent(nn.Module):
     return state, h.reshape(len(xs), batch, self.hidden_size)
 
 
-def _name(stem: str, index: int) -> str:
-  """The name of a layer's parameter."""
+def name_of(stem: str, index: int) -> str:
+  """The name of the parameter `stem` of a layer."""
   return f"{stem}_{index}" if index else stem
 
 

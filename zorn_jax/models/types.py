@@ -1,9 +1,11 @@
 """The shape that every model has for the rest of the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from flax.core import FrozenDict
+from jax.sharding import PartitionSpec
 
 from zorn_jax import types
 
@@ -24,6 +26,8 @@ class Model(NamedTuple):
     readout: Names of the parameters of the last linear layer, on which no state
       depends, at the top level of a dict; empty where there is none.
     decayed: Names of the top-level parameters that weight decay shrinks.
+    specs: How top-level parameters are split over the axes of a mesh, for those
+      that are not on every device.
   """
 
   init: InitFn
@@ -31,3 +35,4 @@ class Model(NamedTuple):
   apply: ApplyFn
   readout: tuple[str, ...] = ()
   decayed: tuple[str, ...] = ()
+  specs: Mapping[str, PartitionSpec] = FrozenDict()

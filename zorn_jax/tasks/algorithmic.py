@@ -185,19 +185,22 @@ def add(
 
   def write(key, length, longest):
     source_size, output_size = sizes(longest)
-    terms = jax.random.randint(key, (len(length), longest), 0, max_num + 1)
+    terms = _below(max_num + 1, key, (len(length), longest))
     used = jnp.arange(longest)[None] < length
     total = jnp.sum(terms, axis=1, keepdims=True, where=used)
     # One past the sign behind each term.
-    ends = jnp.cumsum(_digits(terms) + 1, axis=1)
+    ends = jnp.cumsum(_digits(terms, term_size - 1) + 1, axis=1)
     position = jnp.arange(source_size)
     passed = ends[:, None, :] <= position[None, :, None]
     index = jnp.minimum(jnp.sum(passed, axis=-1), longest - 1)
     of_term = lambda values: jnp.take_along_axis(values, index, axis=1)
     power = of_term(ends) - 2 - position[None]
-    source = jnp.where(power < 0, plus, _digit(of_term(terms), power))
-    size = _digits(total)
-    output = _digit(total, size - 1 - jnp.arange(output_size)[None])
+    source = jnp.where(
+      power < 0, plus, _digit(of_term(terms), power, term_size - 1)
+    )
+    size = _digits(total, output_size)
+    power = size - 1 - jnp.arange(output_size)[None]
+    output = _digit(total, power, output_size)
     last = jnp.take_along_axis(ends, length - 1, axis=1)
     return _Words(source, last - 1, output, size)
 
@@ -225,18 +228,30 @@ ALGORITHMIC = {
 def _letters(key, rows, longest):
   """Ids of lowercase letters, int32 [rows, longest]."""
   first = int(vocabularies.printable().encode("a")[0])
-  return first + jax.random.randint(key, (rows, longest), 0, 26)
+  return first + _below(26, key, (rows, longest))
 
 
-def _digits(number):
-  """How many digits an integer, or each of an array, has."""
-  return 1 + sum(number >= 10**power for power in range(1, 10))
+def _below(count, key, shape):
+  """Integers from 0, below `count`, int32, uniform but for 1 in 2**24 / count.
+
+  One random word makes a small one, of which `jax.random.randint` takes two.
+  """
+  if count > 256:
+    return jax.random.randint(key, shape, 0, count)
+  words = jax.random.bits(key, shape, jnp.uint32)
+  return ((words >> 8) * count >> 24).astype(jnp.int32)
 
 
-def _digit(number, power):
-  """Digit of a power of ten, which is also its id."""
-  powers = jnp.asarray([10**power for power in range(10)], jnp.int32)
-  return number // powers[jnp.maximum(power, 0)] % 10
+def _digits(number, most=10):
+  """How many digits an integer, or each of an array, has; at most `most`."""
+  one = 0 * number + 1  # Of the same shape.
+  return sum((number >= 10**power for power in range(1, most)), start=one)
+
+
+def _digit(number, power, most):
+  """Digit, and id, of a power of ten below `most`; 0 for any other power."""
+  digits = (jnp.where(power == p, number // 10**p % 10, 0) for p in range(most))
+  return sum(digits, start=jnp.zeros((), jnp.int32))
 
 
 def _permutation(output, *args):
@@ -287,7 +302,8 @@ def _task(
     )
     source, source_size, output, output_size = write(word_key, length, longest)
     words = jnp.concatenate([source, output], axis=1)
-    position = jnp.arange(words.shape[1] + 1)[None]
+    # Whole chunks and the token behind them.
+    position = jnp.arange(num_chunks(longest) * time_chunk + 1)[None]
     end = source_size + output_size
     answered = (position > source_size) & (position <= end)
     index = jnp.where(
@@ -304,12 +320,10 @@ def _task(
 
   def chunk(data, batch, index):
     del data
-    tokens, weights = batch
-    position = index * time_chunk + jnp.arange(time_chunk + 1)
-    tokens = jnp.take(tokens, position, axis=1, mode="fill", fill_value=space)
-    weights = jnp.take(
-      weights, position[:-1], axis=1, mode="fill", fill_value=0
+    cut = lambda x, size: jax.lax.dynamic_slice_in_dim(
+      x, index * time_chunk, size, axis=1
     )
+    tokens, weights = cut(batch[0], time_chunk + 1), cut(batch[1], time_chunk)
     return Chunk(tokens[:, :-1], tokens[:, 1:], weights)
 
   def sample(data, draw):
@@ -337,7 +351,7 @@ def _task(
     chunk=chunk,
     max_length=max_length,
     num_chunks=num_chunks,
-    tokens_per_batch=batch_size * (sizes(max_length)[1] + 1),
+    tokens_per_batch=lambda length: batch_size * (sizes(length)[1] + 1),
     splits={
       "valid": lambda: split(_VALID_KEY, _SHORTEST, max_length),
       "test": lambda: split(_TEST_KEY, max_length + 1, longest),

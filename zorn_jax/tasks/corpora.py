@@ -192,13 +192,14 @@ def from_file(path: str, errors: str = "strict") -> Corpus:
 def from_folder(path: str, errors: str = "strict") -> Corpus:
   """The UTF-8 text files of a folder and those below it, in order of names.
 
-  Where every name says train, valid or test, it is followed. Else the last
+  Names that say train, valid or test are followed. Where none does, the last
   twentieth of the files is for test and the one before for validation, at least
   a file each; of less than three files it is the last tenth of their text.
   Hidden files are left out.
 
   Raises:
-    ValueError: If the folder holds no file, or a file cannot be read.
+    ValueError: If the folder holds no file, if only some names say their split
+      or a split is missing among them, or if a file cannot be read.
   """
   root = pathlib.Path(path)
   files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
@@ -209,10 +210,10 @@ def from_folder(path: str, errors: str = "strict") -> Corpus:
   )
   if not names:
     raise ValueError(f"the folder {path!r} holds no file. Name {_CHOICES}.")
+  splits = _named_splits(path, names)
   if len(names) < 3:
     texts = documents(Files([root / name for name in names], errors))
     return _tenths("\n".join(texts))
-  splits = _named_splits(names)
   if not splits:
     held_out = max(1, len(names) // 20)
     splits = {
@@ -389,16 +390,32 @@ def _tenths(text: str) -> Corpus:
   return Corpus(text[:first], text[first:second], text[second:])
 
 
-def _named_splits(names):
-  """The splits that the names of files tell, or none."""
-  splits = {split: [] for split in _SPLIT_WORDS}
+def _named_splits(folder, names):
+  """The splits that the names of files tell, or none where no name tells."""
+  told = {}
   for name in names:
     said = set(re.split("[^a-z]+", name.lower()))
-    told = [split for split, words in _SPLIT_WORDS.items() if words & said]
-    if len(told) != 1:
-      return {}
-    splits[told[0]].append(name)
-  return splits if all(splits.values()) else {}
+    told[name] = [key for key, words in _SPLIT_WORDS.items() if words & said]
+  if not any(told.values()):
+    return {}
+  splits = {
+    split: [name for name in names if told[name] == [split]]
+    for split in _SPLIT_WORDS
+  }
+  missing = [split for split, chosen in splits.items() if not chosen]
+  if missing:
+    raise ValueError(
+      f"the folder {folder!r} has names that say their split, but no file for "
+      f"{' and '.join(missing)}. Add it, or rename the files so that none says "
+      "train, valid or test."
+    )
+  for name, said in told.items():
+    if len(said) != 1:
+      raise ValueError(
+        f"the folder {folder!r} has names that say their split, but {name!r} "
+        f"says {' and '.join(said) or 'none'}. Rename it or move it away."
+      )
+  return splits
 
 
 def _files_digest(paths):

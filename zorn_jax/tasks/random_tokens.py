@@ -1,5 +1,7 @@
 """One fixed batch of random tokens: nothing to learn, much to memorise."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 
@@ -32,13 +34,20 @@ def random_tokens(
   Returns:
     A :class:`Task`, both of whose splits are the training batch.
   Raises:
-    ValueError: If `source_length` is below 1.
+    ValueError: If `source_length` is below 1, or `vocab_size` is below 1 or
+      above 1048576.
   References: arXiv:2505.17852; its loss left out the first prediction.
   """
   if source_length < 1:
     raise ValueError(
       f"source_length must be at least 1, got {source_length}. The first "
       "prediction needs a token to be made from."
+    )
+  most = sys.maxunicode + 1 - _FIRST_SYMBOL
+  if not 1 <= vocab_size <= most:
+    raise ValueError(
+      f"vocab_size must be 1 to {most}, got {vocab_size}. Every token is shown "
+      "as a character of its own."
     )
   symbols = range(_FIRST_SYMBOL, _FIRST_SYMBOL + vocab_size)
   total = source_length + seq_length
@@ -67,6 +76,6 @@ def random_tokens(
     min_length=seq_length,
     max_length=seq_length,
     num_chunks=lambda length: num_chunks,
-    tokens_per_batch=batch_size * seq_length,
+    tokens_per_batch=lambda length: batch_size * length,
     splits={"valid": split, "test": split},
   )

@@ -1,5 +1,6 @@
 """Language modelling: predict every next token of a corpus."""
 
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -62,8 +63,8 @@ def language_model(
       beginning of its share of the text. 0 for all.
     order: `windows` begin at random places. With `streams` each row of the run
       begins at a place that its number (batch index, row in the batch) alone
-      determines, and reads on by `seq_length` every step; at the end of the
-      text it goes on near the beginning.
+      determines, and reads on by `seq_length` every step, or every episode of
+      many steps; at the end of the text it goes on near the beginning.
     resident_tokens: Most tokens of the training text on the device.
     refresh_every: Steps that one pool serves.
     cache: Folder for files of token ids, made once; "" keeps them in memory.
@@ -137,6 +138,8 @@ def language_model(
   def refresh(number):
     return _pool(train, number, segment, resident_tokens // segment)
 
+  identity = f"{token_files.digest(train)} {tokenizer.fingerprint}"
+
   return Task(
     vocabulary=tokenizer,
     data=refresh(0) if pooled else train,
@@ -144,10 +147,11 @@ def language_model(
     chunk=chunk,
     max_length=seq_length,
     num_chunks=lambda length: -(-length // time_chunk),
-    tokens_per_batch=batch_size * seq_length,
+    tokens_per_batch=lambda length: batch_size * length,
     splits={name: lambda name=name: split(name) for name in ("valid", "test")},
     refresh=refresh if pooled else None,
     refresh_every=refresh_every if pooled else 0,
+    fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
   )
 
 

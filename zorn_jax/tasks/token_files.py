@@ -1,6 +1,7 @@
 """Token ids of a text: in memory, or in a file that is made once."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -36,25 +37,56 @@ def load(
     Ids [tokens] in the smallest unsigned type; those of a file are read only
     where they are used.
   Raises:
-    ValueError: If the folder cannot be written.
+    ValueError: If the text or the folder cannot be read, or the folder cannot
+      be written.
   """
   dtype = np.min_scalar_type(len(tokenizer) - 1)
   if not cache:
     arrays = [ids.astype(dtype) for ids in _ids(name, text, tokenizer)]
     return np.concatenate([np.zeros(0, dtype), *arrays])
-  key = json.dumps([_RULE, fingerprint(text), tokenizer.fingerprint])
-  digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-  path = pathlib.Path(cache) / f"{digest}.npy"
+  with _reading(name):
+    content = fingerprint(text)
+  key = json.dumps([_RULE, content, tokenizer.fingerprint])
+  file = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+  path = pathlib.Path(cache) / file
   if not path.exists():
     logging.info("tokenizing the %s text into %s", name, path)
-    try:
+    remedy = "Name a folder with room in task.cache"
+    with _explained(f"write token ids in {cache!r}", remedy):
       _write(path, dtype, _ids(name, text, tokenizer))
-    except OSError as error:
-      raise ValueError(
-        f"cannot write token ids in {cache!r}: {error.strerror}. Name a folder "
-        "with room in task.cache."
-      ) from error
-  return np.load(path, mmap_mode="r")
+  with _explained(f"read token ids in {cache!r}", "Look at its permissions"):
+    return np.load(path, mmap_mode="r")
+
+
+def digest(ids: np.ndarray) -> str:
+  """SHA-256 of token ids that `load` gave.
+
+  That of a file is kept beside it, so that the file is read once.
+  """
+  path = getattr(ids, "filename", None)
+  kept = path and pathlib.Path(path).with_suffix(".sha256")
+  if kept and kept.exists():
+    return kept.read_text()
+  found = hashlib.sha256(ids).hexdigest()
+  if kept:
+    # A folder that is only read has none.
+    with contextlib.suppress(OSError), _replacing(kept) as file:
+      file.write(found.encode())
+  return found
+
+
+def _reading(name):
+  return _explained(f"read the {name} text", "Look at what task.source names")
+
+
+@contextlib.contextmanager
+def _explained(attempt, remedy):
+  """Makes one sentence of an error of the system."""
+  try:
+    yield
+  except OSError as error:
+    fact = error.strerror or error
+    raise ValueError(f"cannot {attempt}: {fact}. {remedy}.") from error
 
 
 def _ids(name, text, tokenizer) -> Iterator[np.ndarray]:
@@ -63,7 +95,7 @@ def _ids(name, text, tokenizer) -> Iterator[np.ndarray]:
   separator = tokenizer.encode("\n") if end is None else np.array([end])
   missing = collections.Counter()
   first = True
-  for group in _groups(documents(text)):
+  for group in _groups(_read(name, text)):
     for document, ids in zip(group, tokenizer.encode_all(group), strict=True):
       missing.update(tokenizer.missing(document))
       if not first:
@@ -82,6 +114,11 @@ def _ids(name, text, tokenizer) -> Iterator[np.ndarray]:
     )
 
 
+def _read(name, text):
+  with _reading(name):
+    yield from documents(text)
+
+
 def _groups(texts):
   group, size = [], 0
   for text in texts:
@@ -97,19 +134,26 @@ def _groups(texts):
 def _write(path, dtype, arrays):
   """Writes a .npy file of unknown length, under its name when complete."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  with _replacing(path) as file:
+    _write_header(file, dtype, 0)
+    begin, length = file.tell(), 0
+    for array in arrays:
+      file.write(array.astype(dtype).data)
+      length += len(array)
+    file.seek(0)
+    _write_header(file, dtype, length)
+    if file.tell() != begin:
+      raise AssertionError("NumPy leaves room for a longer shape.")
+
+
+@contextlib.contextmanager
+def _replacing(path):
+  """A file that gets its name when it is complete."""
   # Other processes may write the same file.
   unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
   try:
     with open(unfinished, "xb") as file:
-      _write_header(file, dtype, 0)
-      begin, length = file.tell(), 0
-      for array in arrays:
-        file.write(array.astype(dtype).data)
-        length += len(array)
-      file.seek(0)
-      _write_header(file, dtype, length)
-      if file.tell() != begin:
-        raise AssertionError("NumPy leaves room for a longer shape.")
+      yield file
       file.flush()
       os.fsync(file.fileno())
     os.replace(unfinished, path)

@@ -17,7 +17,7 @@ class Draw(NamedTuple):
 
   Attributes:
     key: Random numbers of this batch alone.
-    step: Training step, int32.
+    step: Training step, or number of an episode of many steps, int32.
     index: Number of the batch within its step, int32.
     length: How long sequences may be at present, in the unit of
       `Task.min_length` and `max_length`.
@@ -72,12 +72,14 @@ class Task(NamedTuple):
     max_length: Longest `draw.length`; what it counts is the task's choice.
     num_chunks: (length) -> number of chunks that hold every sequence of at most
       that length.
-    tokens_per_batch: Predictions in a batch, at most.
+    tokens_per_batch: (length) -> predictions in a batch, at most.
     splits: "valid" and "test", each made when it is called.
     min_length: Shortest `draw.length`.
     refresh: (part) -> the data of its steps, a function of its number alone,
       where they do not all fit on the device; `data` is part 0.
     refresh_every: Steps of a part.
+    fingerprint: Digest of the tokens of the training text and of its tokenizer;
+      "" where the config alone determines the data.
   """
 
   vocabulary: Tokenizer
@@ -86,11 +88,12 @@ class Task(NamedTuple):
   chunk: Callable[[Data, types.Batch, jax.Array], Chunk]
   max_length: int
   num_chunks: Callable[[Any], Any]
-  tokens_per_batch: int
+  tokens_per_batch: Callable[[int], int]
   splits: Mapping[str, Callable[[], Split]]
   min_length: int = 1
   refresh: Callable[[int], Data] | None = None
   refresh_every: int = 0
+  fingerprint: str = ""
 
 
 def one_batch(task: Task) -> Task:

@@ -1,0 +1,92 @@
+"""A run directory: whose it is, and where its parts lie."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+CONFIG_NAME = "config.json"
+CHECKPOINTS_NAME = "checkpoints"
+JOURNAL_NAME = "journal"
+TEXT_NAME = "text.sha256"
+
+
+def claim(
+  workdir: pathlib.Path, config: dict[str, Any], text: str = ""
+) -> None:
+  """Makes `workdir` the directory of the run with this config.
+
+  Args:
+    workdir: Made where it does not exist.
+    config: Plain values, as they are written to `config.json`; "mesh" may
+      change when a run is resumed.
+    text: The fingerprint of the task, that of its text.
+  Raises:
+    ValueError: If the directory cannot be written or belongs to a run with
+      another config or text.
+  """
+  config = json.loads(json.dumps(config))
+  path = workdir / CONFIG_NAME
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, "Permission denied")
+    if not path.exists():
+      _write(workdir / TEXT_NAME, text)
+      _write(path, json.dumps(config, indent=2) + "\n")
+      return
+  except OSError as error:
+    raise ValueError(
+      f"cannot write to the workdir {str(workdir)!r}: {error.strerror}. "
+      "Name a writable directory with free space."
+    ) from error
+  found = json.loads(path.read_text())
+  differences = _differences(_identity(found), _identity(config))
+  if differences:
+    raise ValueError(
+      f"the workdir {str(workdir)!r} belongs to another config, which differs "
+      f"in {', '.join(differences)}. Use another workdir, or the same config "
+      "to resume."
+    )
+  if (workdir / TEXT_NAME).read_text() != text:
+    raise ValueError(
+      f"the workdir {str(workdir)!r} belongs to a run on another text, or one "
+      "cut into other tokens. Bring the files of task.source back, or use "
+      "another workdir."
+    )
+
+
+def _write(path, text):
+  """Writes a file whole or not at all."""
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(text)
+  os.replace(scratch, path)
+
+
+def fingerprint(config: dict[str, Any], text: str) -> str:
+  """What a run is: 64 hexadecimal digits of its config and its text.
+
+  Args:
+    config: Plain values; "mesh" does not count.
+    text: The fingerprint of the task.
+  """
+  identity = json.dumps([_identity(config), text], sort_keys=True)
+  return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _identity(config):
+  """The config without what may change when a run is resumed."""
+  return {name: value for name, value in config.items() if name != "mesh"}
+
+
+def _differences(found, wanted, prefix=""):
+  """Dotted names of the fields in which two configs differ."""
+  names = []
+  for key in sorted(found.keys() | wanted.keys()):
+    a, b = found.get(key), wanted.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      names += _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      names.append(f"{prefix}{key} ({a} there, {b} here)")
+  return names
