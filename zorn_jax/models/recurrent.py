@@ -11,7 +11,6 @@ Layers after the first may normalise their input and add it to their output. One
 layer of `lstm` is the model of arXiv:2505.17852.
 """
 
-import dataclasses
 import math
 
 import flax.linen as nn
@@ -224,20 +223,19 @@ class Recurrent(nn.Module):
     """
     batch, length = tokens.shape
     first, *others = self.layers
-    w_in = self._by_gate(first["w_in"])
     if self.vocab_size <= max(batch * length, MAX_TABLE_ROWS):
-      table = perturbed.matmul(self.embed, w_in)
+      table = perturbed.matmul(self.embed, first["w_in"])
       project = lambda token: perturbed.take(table, token)
     else:
       project = lambda token: perturbed.matmul(
-        perturbed.take(self.embed, token), w_in
+        perturbed.take(self.embed, token), first["w_in"]
       )
     count = len(self._cell.states)
     after, x = self._scan(first, carry[:count], tokens.T, project)
     for index, layer in enumerate(others, 1):
       y = self._gather(x)
       y = _normalize(layer, y) if self.layer_norm else y
-      y = perturbed.matmul(y.astype(self.dtype), self._by_gate(layer["w_in"]))
+      y = perturbed.matmul(y.astype(self.dtype), layer["w_in"])
       state = carry[index * count : (index + 1) * count]
       state, h = self._scan(layer, state, y, lambda row: row)
       after += state
@@ -254,36 +252,18 @@ class Recurrent(nn.Module):
     """The logits, of those of these heads."""
     return logits
 
-  def _by_gate(self, w_in):
-    """The columns ordered gate, head, unit, as a step of time takes them.
-
-    Ordered once for a chunk, and for factors that is all they cost.
-    """
-    gates, heads, head = len(self._cell.gates), self.num_heads, self.head_size
-
-    def order(x):
-      *rows, _ = x.shape
-      x = x.reshape(*rows, heads, gates, head).swapaxes(-3, -2)
-      return x.reshape(*rows, -1)
-
-    if not perturbed.is_perturbed(w_in):
-      return order(w_in)
-    return dataclasses.replace(
-      w_in, value=order(w_in.value), right=order(w_in.right)
-    )
-
   def _scan(self, layer, state, xs, project):
     """One layer over time: the last state, and outputs [C, B, H] in float32."""
     cell, heads, head = self._cell, self.num_heads, self.head_size
     batch, gates = len(state[0]), len(cell.gates)
     b = perturbed.materialize(layer["b"])
-    b, second = b[:gates].reshape(1, -1), b[gates:]
+    b, second = b[:gates][None], b[gates:]
     if cell.recurrent_bias:
       second = jnp.pad(second, ((gates - 1, 0), (0, 0), (0, 0)))[None]
     recurrent = layer["r"].mT  # [G, N, D in, D out]
 
     def step(state, x):
-      x = (project(x) + b).reshape(batch, gates, heads, head)
+      x = project(x).reshape(batch, heads, gates, head).swapaxes(1, 2) + b
       rows = state[0].astype(self.dtype)[:, None, :, None]  # [B, 1, N, 1, D]
       y = perturbed.matmul(rows, recurrent)[..., 0, :]  # [B, G, N, D]
       if cell.recurrent_bias:
