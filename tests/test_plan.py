@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
+from devices import collective_bytes
 
 from zorn_jax import build
-from zorn_jax.plan import cost, plan
+from zorn_jax.plan import DEVICES, LINKS, Transfer, cost, plan, seconds
+from zorn_jax.step import programs
 
 DNC = small.ROOT / "configs" / "paper" / "dnc.py"
 LSTM = small.ROOT / "configs" / "paper" / "lstm.py"
@@ -124,3 +126,176 @@ def test_counts_of_sums_and_of_the_dnc(arg):
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   assert count == (ADD_COUNTS | DNC_COUNTS)[arg]
+
+
+TINY = {
+  "num_probes": 16,
+  "batch_size": 4,
+  "model__embedding_size": 64,
+  "model__hidden_size": 64,
+  "model__num_heads": 2,
+  "estimator__direction": {"name": "rademacher"},
+}
+LOW_RANK = {"name": "low_rank", "rank": 1, "base": "rademacher"}
+MESHES = {
+  "probes": {"mesh__probe": 8},
+  "slices": {"mesh__probe": 8, "mesh__update": "sharded"},
+  "rows": {"mesh__probe": 4, "mesh__data": 2},
+  "heads": {"mesh__probe": 4, "mesh__head": 2},
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_planned_bytes_are_those_of_the_compiled_step(name):
+  config = small.config(**TINY | MESHES[name])
+  planned = plan(build.experiment(config, num_devices=8))
+  parts = programs(build.experiment(config))
+  data = jax.eval_shape(lambda: build.experiment(config).task.data)
+  losses, _, aside = jax.eval_shape(parts.query, parts.template, data)
+  lowered = (
+    parts.query.lower(parts.template, data),
+    parts.update.lower(parts.template, losses, aside),
+  )
+  moved = sum(collective_bytes(x.compile().as_text()) for x in lowered)
+  assert planned["collective_bytes_per_step"] == moved
+  assert planned["updates"][config.mesh["update"]]["bytes"] == moved
+  if name == "probes":
+    assert moved == 4 * 16 * 2
+
+
+def planned(devices=8, path=small.COPY, arg=None, **overrides):
+  overrides = {"mesh__probe": 0} | overrides
+  if path == small.COPY:
+    overrides = TINY | overrides
+  config = small.config(path, arg, **overrides)
+  return plan(build.experiment(config, num_devices=devices))
+
+
+def test_collectives_in_a_loop_count_every_time():
+  heads = MESHES["heads"]
+  chunk, tokens = planned(**heads), planned(**heads, task__time_chunk=1)
+  name = "collective_bytes_per_step"
+  assert chunk[name] == tokens[name] > 1000
+  times = [
+    x["updates"]["replicated"]["transfer_seconds"] for x in (tokens, chunk)
+  ]
+  assert all(times[0][link] > times[1][link] for link in LINKS)
+
+
+def test_a_device_has_its_part_of_the_passes_and_of_the_model():
+  one, eight = planned(1), planned(8)
+  assert one["forward_flops_per_step"] == 8 * eight["forward_flops_per_step"]
+  assert one["parameters"] == eight["parameters"]
+  assert eight["mesh"] == {"probe": 8, "data": 1, "head": 1}
+  whole, half = (
+    planned(
+      8,
+      LSTM,
+      "medium",
+      mesh__probe=1,
+      mesh__head=heads,
+      batch_size=4,
+      estimator__direction=LOW_RANK,
+    )
+    for heads in (1, 2)
+  )
+  saved = whole["peak_bytes_estimate"] - half["peak_bytes_estimate"]
+  assert math.isclose(saved, 4 * COUNTS["medium"] / 2, rel_tol=0.01)
+
+
+def test_expected_times_are_monotone():
+  # Among more devices fewer leaves can be sliced.
+  plans = [planned(k)["updates"] for k in (1, 2, 4)]
+  for update in ("replicated", "sharded"):
+    for link in LINKS:
+      times = [x[update]["transfer_seconds"][link] for x in plans]
+      assert times[0] == 0 and times == sorted(set(times))
+    times = [*plans[-1][update]["transfer_seconds"].values()]
+    assert times == sorted(set(times))
+  for device in DEVICES:
+    fixed, falling = (
+      [x[update]["arithmetic_seconds"][device] for x in plans]
+      for update in ("replicated", "sharded")
+    )
+    assert len(set(fixed)) == 1
+    assert falling[0] == fixed[0]
+    assert falling == sorted(set(falling), reverse=True)
+    assert falling[-1] < fixed[0] / 3
+  more = planned(num_probes=32)["updates"]["replicated"]
+  less = planned(num_probes=16)["updates"]["replicated"]
+  for row in ("transfer_seconds", "arithmetic_seconds"):
+    assert all(more[row][x] > less[row][x] for x in less[row])
+
+
+def test_arithmetic_is_that_of_signs_or_of_products():
+  dense, products = (
+    planned(1, LSTM, "medium", estimator__direction=direction)["updates"][
+      "replicated"
+    ]["arithmetic_seconds"]
+    for direction in ({"name": "rademacher"}, LOW_RANK)
+  )
+  for name, device in DEVICES.items():
+    # Plain descent: gradient and parameters, each written and read.
+    fixed = 16 * COUNTS["medium"] / device.rate
+    work = 96 * COUNTS["medium"]
+    expected = work * device.sign + fixed
+    assert math.isclose(dense[name], expected, rel_tol=1e-6)
+    expected = 2 * work / device.flops + fixed
+    assert math.isclose(products[name], expected, rel_tol=0.02)
+
+
+def test_a_large_collective_takes_its_bytes_and_a_small_one_its_hops():
+  link = LINKS["InfiniBand"]
+  gather = Transfer("all_gather", 10**12, 4)
+  assert math.isclose(seconds(gather, link), 0.75e12 / 50e9, rel_tol=1e-4)
+  twice = seconds(gather._replace(name="psum"), link)
+  assert math.isclose(twice, 2 * seconds(gather, link), rel_tol=1e-4)
+  tiny = [Transfer("all_gather", 0, count) for count in (2, 65)]
+  first, last = (seconds(x, link) for x in tiny)
+  assert math.isclose(last - first, 63 * 2.7e-6)
+  # Eight devices are one node, and sixteen are two.
+  node = [Transfer("all_gather", 0, count) for count in (8, 16)]
+  first, last = (seconds(x, link, per_node=8) for x in node)
+  assert first == seconds(node[0], LINKS["NVLink"])
+  assert math.isclose(last - first, 7 * 0.5e-6 + 2.7e-6)
+
+
+def test_back_propagation_is_planned_for_one_device():
+  result = planned(
+    8, small.ROOT / "configs" / "shakespeare.py", "bptt", mesh__probe=0
+  )
+  assert result["mesh"] == {"probe": 1, "data": 1, "head": 1}
+  assert result["collective_bytes_per_step"] == 0
+
+
+@pytest.mark.parametrize("devices", [3, 6])
+def test_devices_that_do_not_divide_the_probes(devices):
+  config = small.config(**TINY, mesh__probe=devices)
+  with pytest.raises(ValueError, match="cannot share 16 probes") as real:
+    build.experiment(config)
+  with pytest.raises(ValueError) as abstract:
+    planned(devices)
+  assert str(abstract.value) == str(real.value)
+  with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
+    planned(8, mesh__probe=16)
+
+
+def test_command_plans_for_devices_that_are_not_there():
+  """The command has one device."""
+  command = small.command("plan", f"--config={small.COPY}")
+  done = small.run(*command, "--config.mesh.probe=8", "--config.mesh.data=2")
+  assert done.returncode == 0, done.stderr
+  assert "8 probe x 2 data x 1 head" in done.stdout
+  assert {"replicated", "sharded"} < {
+    line.split()[0] for line in done.stdout.splitlines() if line
+  }
+  done = small.run(*command, "--devices=8", "--json")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  assert result["mesh"]["probe"] == 8
+  assert result["collective_bytes_per_step"] == 4 * 2 * 256
+  done = small.run(*command, "--devices=0")
+  assert done.returncode == 1
+  assert done.stderr == (
+    "error: devices must be at least 1, got 0. Choose how many to plan for.\n"
+  )

@@ -52,19 +52,22 @@ _TASK_SIZES = (
 
 
 def experiment(
-  config: ml_collections.ConfigDict, one_device: bool = False
+  config: ml_collections.ConfigDict,
+  one_device: bool = False,
+  num_devices: int = 0,
 ) -> Experiment:
   """All that `config` describes.
 
   Args:
     config: As the files in configs/ make it.
     one_device: Whether to pass over the mesh that it asks for.
+    num_devices: Devices to plan for, as :func:`zorn_jax.mesh.make` has it.
   Raises:
     ValueError: If a field is missing, unknown, or has a value that makes no
       sense; the message names it.
   """
   try:
-    return _experiment(config, _layout(config, one_device))
+    return _experiment(config, _layout(config, one_device, num_devices))
   except (AttributeError, KeyError) as error:
     raise ValueError(
       f"the config lacks a field: {error}. Start from a file in configs/."
@@ -90,7 +93,7 @@ def load(workdir: pathlib.Path, one_device: bool = True) -> Experiment:
   return experiment(config, one_device)
 
 
-def _layout(config, one_device):
+def _layout(config, one_device, num_devices):
   options = config.mesh.to_dict()
   update = options.pop("update")
   if update not in mesh.UPDATES:
@@ -100,7 +103,7 @@ def _layout(config, one_device):
     )
   if one_device:
     options, update = dict.fromkeys(options, 1), "replicated"
-  options["num_probes"] = config.num_probes
+  options |= {"num_probes": config.num_probes, "num_devices": num_devices}
   made = _call({"mesh": mesh.make}, "mesh", "mesh", options)
   return mesh.Layout(made, update)
 

@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from zorn_jax import types
 
@@ -71,7 +77,13 @@ class Layout(NamedTuple):
     return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
-def make(num_probes: int, probe: int = 0, data: int = 1, head: int = 1) -> Mesh:
+def make(
+  num_probes: int,
+  probe: int = 0,
+  data: int = 1,
+  head: int = 1,
+  num_devices: int = 0,
+) -> Mesh | AbstractMesh:
   """A mesh of the devices of all processes.
 
   Args:
@@ -80,12 +92,15 @@ def make(num_probes: int, probe: int = 0, data: int = 1, head: int = 1) -> Mesh:
     probe: Devices that share the probes; 0 for as many as there are.
     data: Devices that share the rows of each batch.
     head: Devices that share a model.
+    num_devices: Devices to plan for, which need not be there; 0 for those that
+      there are.
   Returns:
-    A mesh with the axes "probe", "data" and "head".
+    A mesh with the axes "probe", "data" and "head"; an abstract one, which
+    programs can be traced for but not run on, if it is a plan.
   Raises:
     ValueError: If there are too few devices, or they do not divide the probes.
   """
-  devices = jax.devices()
+  available = num_devices or jax.device_count()
   sizes = {"probe": probe, "data": data, "head": head}
   for name, size in sizes.items():
     least = 0 if name == "probe" else 1
@@ -104,12 +119,12 @@ def make(num_probes: int, probe: int = 0, data: int = 1, head: int = 1) -> Mesh:
       )
     probe = 1
   elif automatic:
-    probe = max(1, len(devices) // (data * head))
+    probe = max(1, available // (data * head))
   wanted = probe * data * head
-  if wanted > len(devices):
+  if wanted > available:
     raise ValueError(
       f"the mesh {probe} x {data} x {head} (probe, data, head) needs {wanted} "
-      f"devices, but there are {len(devices)}. Make an axis of it smaller."
+      f"devices, but there are {available}. Make an axis of it smaller."
     )
   if num_probes % probe:
     below = num_probes // probe * probe
@@ -119,13 +134,16 @@ def make(num_probes: int, probe: int = 0, data: int = 1, head: int = 1) -> Mesh:
       f"{probe} devices cannot share {num_probes} probes evenly. Set "
       f"num_probes to {near}, or mesh.probe to {fewer}."
     )
-  if jax.process_count() > 1 and wanted != len(devices):
+  if num_devices:
+    shape = (probe, data, head)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+  if jax.process_count() > 1 and wanted != available:
     raise ValueError(
-      f"the mesh {probe} x {data} x {head} uses {wanted} of {len(devices)} "
+      f"the mesh {probe} x {data} x {head} uses {wanted} of {available} "
       "devices, but every process must have a part. Use all, or start fewer "
       "processes."
     )
-  grid = np.array(devices[:wanted]).reshape(probe, data, head)
+  grid = np.array(jax.devices()[:wanted]).reshape(probe, data, head)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -1,14 +1,23 @@
 """What a run will cost, from its traced step: nothing is allocated."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
-from zorn_jax.methods import Now
-from zorn_jax.step import Experiment, init_state, train_step
+from zorn_jax.mesh import UPDATES
+from zorn_jax.step import (
+  Experiment,
+  init_state,
+  now,
+  programs,
+  query,
+  train_step,
+  update,
+)
 
 # Primitives whose result a compiler writes to memory even if it is used once.
 _MATERIALIZED = {
@@ -20,6 +29,91 @@ _MATERIALIZED = {
   "sort",
   "dynamic_update_slice",
 }
+
+
+class Link(NamedTuple):
+  """What joins devices.
+
+  Attributes:
+    rate: Bytes per second into a device (a host of several shares its port).
+    hop: Seconds until a message is at the next device.
+  """
+
+  rate: float
+  hop: float
+
+
+# Rates of one direction: of the fourth NVLink (900 GB/s in both, data sheet of
+# the H200), one NDR port of 400 Gb/s and one of 100 Gb/s. Hops: those that
+# NCCL's tuning model has for rings of short messages (src/graph/tuning.cc); of
+# Ethernet, which it has not, that of a TCP message, assumed.
+LINKS = {
+  "NVLink": Link(450e9, 0.5e-6),
+  "InfiniBand": Link(50e9, 2.7e-6),
+  "Ethernet": Link(12.5e9, 30e-6),
+}
+# Seconds to start a collective, from the same model.
+_START = 7e-6
+
+
+class Device(NamedTuple):
+  """What arithmetic costs.
+
+  Attributes:
+    sign: Seconds to draw one random sign and add it to a sum.
+    flops: Operations per second in the products that add up low ranks.
+    rate: Bytes per second from and to memory.
+  """
+
+  sign: float
+  flops: float
+  rate: float
+
+
+# The CPU core's are measured (scripts/predict_scaling.py). The H200's are
+# computed: memory of 4.8 TB/s, through which a sum of float32 goes twice for
+# every direction, and 2 ms for 512 directions of 10^9 parameters in products.
+DEVICES = {
+  "CPU core": Device(0.3e-9, 150e9, 15e9),
+  "H200": Device(8.25 / 4.8e12, 512e12, 4.8e12),
+}
+
+
+class Transfer(NamedTuple):
+  """A collective.
+
+  Attributes:
+    name: "all_gather" or "psum".
+    size: Bytes that it gives to each device.
+    devices: How many take part.
+    times: How often it runs in a step.
+  """
+
+  name: str
+  size: int
+  devices: int
+  times: int = 1
+
+
+def seconds(transfer: Transfer, link: Link, per_node: int = 1) -> float:
+  """Expected seconds of a collective in a ring.
+
+  Args:
+    transfer: What moves.
+    link: What joins the nodes.
+    per_node: Devices in a node, which NVLink joins.
+  """
+  count = transfer.devices
+  if count == 1:
+    return 0.0
+  nodes = -(-count // per_node)
+  inside = LINKS["NVLink"]
+  if nodes == 1:
+    link = inside
+  hops = (count - nodes) * inside.hop + (nodes - 1) * link.hop
+  moved = transfer.size * (count - 1) / count / link.rate
+  rounds = 2 if transfer.name == "psum" else 1  # A sum is scattered, gathered.
+  return transfer.times * (_START + rounds * (hops + moved))
 
 
 class Cost(NamedTuple):
@@ -35,47 +129,149 @@ class Cost(NamedTuple):
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
-  """The size and cost of one step on one device.
+  """The size and cost of one step on one device of the experiment's layout.
+
+  What is computed outside of the maps over devices counts whole, also where
+  heads are split, so that memory is overestimated there.
 
   Returns:
-    `parameters`; `forward_passes_per_step`, a backward pass counted as two;
-    `forward_flops_per_step`, of all matrix products in the queries (for BPTT
-    also those of the backward passes); `peak_bytes_estimate`, arguments and
-    temporaries of the step; `collective_bytes_per_step`; `expected_cosine` of
-    estimate and gradient, √(n/(n+d)) for n directions and the d parameters
-    whose gradient is estimated.
+    `parameters`, of all devices; `forward_passes_per_step`, of all devices, a
+    backward pass counted as two; `forward_flops_per_step`, of all matrix
+    products in the queries (for BPTT also those of the backward passes);
+    `peak_bytes_estimate`, arguments and temporaries of the step;
+    `collective_bytes_per_step`, which all collectives give to a device;
+    `expected_cosine` of estimate and gradient, √(n/(n+d)) for n directions and
+    the d parameters whose gradient is estimated; `mesh`, the devices on each
+    axis; `updates`, for each way to update the bytes, the seconds of their
+    transfer over each of `LINKS` and those of the update's arithmetic on each
+    of `DEVICES`, all of them expected.
   """
-  state = jax.eval_shape(partial(init_state, experiment))
-  data = jax.eval_shape(lambda: experiment.task.data)
-  step = jax.make_jaxpr(partial(train_step, experiment))(state, data)
-  queries = jax.make_jaxpr(partial(_query, experiment))(state, data)
-  size = lambda tree: sum(
-    math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)
+  layout, method = experiment.layout, experiment.method
+  # What a sharded update moves is put there by the compiler.
+  traced = experiment._replace(layout=layout._replace(update="replicated"))
+  state = jax.eval_shape(partial(init_state, traced))
+  data = jax.eval_shape(lambda: traced.task.data)
+  step = jax.make_jaxpr(partial(train_step, traced))(state, data)
+  queries, passed = jax.make_jaxpr(partial(_passes, traced), return_shape=True)(
+    state, data
   )
-  n, d = experiment.num_probes, size(experiment.method.estimated(state.params))
+  updated = jax.make_jaxpr(partial(update, traced))(state, *passed)
+  n, d = experiment.num_probes, _size(method.estimated(state.params))
+  moved = list(_transfers(step.jaxpr, layout.mesh.shape))
+  arithmetic = _Arithmetic(
+    max(0, n * d - cost(updated.jaxpr).flops // 2),
+    cost(updated.jaxpr).flops,
+    # The gradient is written and read, the parameters are read and written,
+    # and so is every moment.
+    16 + 8 * round(_size(state.opt_state) / max(1, _size(state.params))),
+  )
+  updates = {
+    name: _update(
+      experiment._replace(layout=layout._replace(update=name)),
+      moved,
+      arithmetic,
+    )
+    for name in UPDATES
+  }
   return {
-    "parameters": size(state.params),
-    "forward_passes_per_step": experiment.method.passes_per_step,
+    "parameters": _size(state.params),
+    "forward_passes_per_step": method.passes_per_step,
     "forward_flops_per_step": cost(queries.jaxpr).flops,
-    "peak_bytes_estimate": _bytes(step.in_avals) + cost(step.jaxpr).peak_bytes,
-    "collective_bytes_per_step": 0,  # One device.
+    "peak_bytes_estimate": _held(experiment, data)
+    + cost(step.jaxpr).peak_bytes,
+    "collective_bytes_per_step": updates[layout.update]["bytes"],
     "expected_cosine": math.sqrt(n / (n + d)) if d else 1.0,
+    "mesh": dict(layout.mesh.shape),
+    "updates": updates,
   }
 
 
-def _query(experiment, state, data):
-  """The forward passes of a step."""
-  now = Now(
-    state.step,
-    state.probe_key,
-    state.data_key,
-    experiment.epsilon,
-    experiment.task.max_length,
+class _Arithmetic(NamedTuple):
+  """Of an update: signs added one by one, FLOPs, bytes per parameter."""
+
+  signs: int
+  flops: int
+  traffic: int
+
+
+def _update(experiment, moved, arithmetic):
+  """Bytes and seconds of one way to update."""
+  layout = experiment.layout
+  params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+  placed = layout.place(params, experiment.model.specs)
+  slices = layout.slices(params, placed)
+  held, updated = (_local(params, where) for where in (placed, slices))
+  parts = layout.mesh.shape["probe"] * layout.mesh.shape["data"]
+  # The slices move in float32, whatever the parameters are.
+  moved = moved + [
+    Transfer("all_gather", 4 * size, parts)
+    for size, part in zip(held, updated, strict=True)
+    if part < size
+  ]
+  leaves = zip(jax.tree.leaves(params), updated, strict=True)
+  split = sum(part < leaf.size for leaf, part in leaves)
+  if split:  # The squared norms of these leaves, at once.
+    moved.append(Transfer("psum", 4 * split, layout.mesh.size))
+  count = sum(updated)
+  share = count / _size(params)
+  return {
+    "bytes": sum(x.size * x.times for x in moved),
+    "transfer_seconds": {
+      name: sum(seconds(x, link) for x in moved) for name, link in LINKS.items()
+    },
+    "arithmetic_seconds": {
+      name: share * arithmetic.signs * device.sign
+      + share * arithmetic.flops / device.flops
+      + count * arithmetic.traffic / device.rate
+      for name, device in DEVICES.items()
+    },
+  }
+
+
+def _transfers(jaxpr, axes) -> Iterator[Transfer]:
+  """The collectives that a program names; loops of unknown length run once."""
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name in ("all_gather", "psum"):
+      of = equation.params["axis_name" if name == "all_gather" else "axes"]
+      count = math.prod(axes[axis] for axis in of)
+      yield Transfer(name, _bytes(x.aval for x in equation.outvars), count)
+    repeats = equation.params.get("length", 1) if name == "scan" else 1
+    for inner in _subprograms(equation.params):
+      for found in _transfers(inner, axes):
+        yield found._replace(times=repeats * found.times)
+
+
+def _local(tree, where) -> list[int]:
+  """Elements of every leaf on one device."""
+  sizes = jax.tree.map(
+    lambda x, s: math.prod(s.shard_shape(x.shape)), tree, where
   )
-  losses, _ = experiment.method.query(
-    state.params, state.method_state, data, now
+  return jax.tree.leaves(sizes)
+
+
+def _held(experiment, data) -> int:
+  """Bytes of a step's arguments on one device."""
+  template = programs(experiment).template
+  local = lambda x: jax.ShapeDtypeStruct(
+    x.sharding.shard_shape(x.shape), x.dtype
   )
-  return losses
+  return _bytes(map(local, jax.tree.leaves(template))) + _bytes(
+    jax.tree.leaves(data)
+  )
+
+
+def _size(tree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _passes(experiment, state, data):
+  """All that a step computes before its update."""
+  losses, aside = query(experiment, state, data)
+  if experiment.method.recall:
+    this = now(experiment, state)
+    aside = experiment.method.recall(state.params, data, this)
+  return losses, aside
 
 
 def cost(jaxpr: core.Jaxpr) -> Cost:

@@ -23,7 +23,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
-from absl import logging
 from jax.experimental import multihost_utils
 
 _PATIENCE = 60  # Seconds that processes wait for each other at the start.
@@ -59,8 +58,8 @@ def started(
   :func:`stopping`.
 
   When a process ends before its block does, the others print one line that says
-  which one and why, if it could still tell, and exit with status 1: in seconds,
-  or after 40 when it froze or its host was lost.
+  which one and why, if it could still tell, and exit with status 1, in seconds
+  or half a minute when its host was lost. JAX aborts them when it only froze.
 
   Args:
     coordinator: HOST:PORT where process 0 listens.
@@ -222,20 +221,21 @@ def _from_cluster():
   method, number = _cluster(os.environ)
   if method is None:
     return None
-  for name, package in (("mpi4py", "mpi4py"), ("k8s", "kubernetes")):
-    if method == name and not importlib.util.find_spec(package):
-      raise ValueError(
-        f"the package {package}, by which the processes find each other here, "
-        f"is missing. Install it, or give {_FLAGS}, or num_processes=1 for a "
-        "run of its own."
-      )
+  needs = method in ("mpi4py", "kubernetes")
+  if needs and not importlib.util.find_spec(method):
+    raise ValueError(
+      f"the package {method}, by which the processes find each other here, is "
+      f"missing. Install it, or give {_FLAGS}, or num_processes=1 for a run of "
+      "its own."
+    )
   # Private, but what `initialize` does; the address is needed before it.
   from jax._src import clusters
 
+  named = None if method == "kubernetes" else method  # It has no name there.
   try:
     address, number, index, devices = (
       clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, number, None, None, method, _PATIENCE
+        None, number, None, None, named, _PATIENCE
       )
     )
   except Exception as error:
@@ -247,7 +247,7 @@ def _from_cluster():
 
 
 def _cluster(environ):
-  """JAX's name of the cluster that started several processes, or None.
+  """JAX's way to ask the cluster that started several processes, or None.
 
   Returns:
     The name, and the number of processes where it must not be JAX's.
@@ -263,7 +263,7 @@ def _cluster(environ):
   if "KUBERNETES_SERVICE_HOST" in environ and (
     "JOB_COMPLETION_INDEX" in environ
   ):
-    return "k8s", None
+    return "kubernetes", None
   return None, None
 
 
@@ -287,7 +287,7 @@ def _receive_all(place, port, end):
   except OSError as error:
     raise ValueError(
       f"process 0 cannot listen on port {port} of {place.address}: "
-      f"{error.strerror}. Choose another port."
+      f"{os.strerror(error.errno)}. Choose another port."
     ) from error
   others = {}
   with listener:
@@ -299,17 +299,17 @@ def _receive_all(place, port, end):
         absent = sorted(set(range(1, place.count)) - others.keys())
         raise _refused(
           others.values(),
-          f"process {', '.join(map(str, absent))} of {place.count} did not come "
-          f"to {place.address} within {_PATIENCE} s. Start all of them, where "
-          "they can reach that address.",
+          f"process {', '.join(map(str, absent))} of {place.count} did not "
+          f"come to {place.address} within {_PATIENCE} s. Start all of them, "
+          "where they can reach that address.",
         ) from error
       try:
         index, number = link.receive(5)
       except (OSError, ValueError, TypeError):
         link.close()  # Something else on the network.
         continue
-      if index in others and others[index].readable():  # It has ended.
-        others.pop(index).close()
+      for gone in [i for i, other in others.items() if other.readable()]:
+        others.pop(gone).close()  # It ended, and may be started again.
       links = [*others.values(), link]
       if number != place.count:
         raise _refused(
@@ -533,5 +533,4 @@ class _Group:
       os.write(2, line.encode())
       if not self._place.index:
         self._outlast()
-      logging.flush()
       os._exit(1)

@@ -12,6 +12,8 @@ from zorn_jax.journal import Record
 from zorn_jax.step import Programs
 from zorn_jax.train_state import TrainState
 
+_CHECKED_AT_ONCE = 256  # Waiting for every step would take longer.
+
 
 @jax.jit
 def _with_scale(watched, scale):
@@ -44,6 +46,15 @@ def replay(
     aside = parts.recall(state, feed.at(record.step - 1))
     state, values = parts.update(state, record.losses, aside)
     epsilons.append((record, values["epsilon"]))
+    if len(epsilons) == _CHECKED_AT_ONCE:
+      _check(epsilons)
+      epsilons = []
+  _check(epsilons)
+  return state
+
+
+def _check(epsilons):
+  """Compares the epsilon of records with that of their steps taken again."""
   for record, epsilon in epsilons:
     if epsilon != np.float32(record.epsilon):
       raise ValueError(
@@ -51,4 +62,3 @@ def replay(
         f"{record.epsilon:.6g}, but this config has {float(epsilon):.6g} "
         "there. Use the config of the run."
       )
-  return state

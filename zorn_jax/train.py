@@ -29,7 +29,14 @@ from zorn_jax.data import Feed
 from zorn_jax.lock import lock
 from zorn_jax.replay import replay
 from zorn_jax.step import Experiment, Programs, programs, query, train_step
-from zorn_jax.workdir import CHECKPOINTS_NAME, JOURNAL_NAME, claim, fingerprint
+from zorn_jax.tasks import Split
+from zorn_jax.workdir import (
+  CHECKPOINTS_NAME,
+  CONFIG_NAME,
+  JOURNAL_NAME,
+  claim,
+  fingerprint,
+)
 
 
 @contextlib.contextmanager
@@ -78,12 +85,18 @@ def train(
     partial(query, experiment), parts.template, data
   )
   jax.eval_shape(partial(train_step, experiment), parts.template, data)
+  valid = experiment.task.splits["valid"]()
   first = processes.is_first()
   with contextlib.ExitStack() as stack, _stop_on_signal() as stopped:
     if first:
       claim(workdir, config, experiment.task.fingerprint)
       stack.enter_context(lock(workdir))
     processes.barrier("claimed")
+    if not (workdir / CONFIG_NAME).exists():
+      raise ValueError(
+        f"the workdir {str(workdir)!r} is not the one of the first process: it "
+        f"has no {CONFIG_NAME}. Name a directory that all hosts share."
+      )
     logging.info("%s", mesh.describe(experiment.layout))
     checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
     stack.callback(checkpoints.close)
@@ -112,7 +125,15 @@ def train(
       stack.callback(logger.close)
     seconds = loggers.last_seconds(workdir)
     run = _Run(
-      experiment, parts, checkpoints, diary, logs, stopped, feed, seconds
+      experiment,
+      parts,
+      checkpoints,
+      diary,
+      logs,
+      stopped,
+      feed,
+      feed.put(valid),
+      seconds,
     )
     step = _loop(run, state, step, saved)
   if first:
@@ -136,20 +157,21 @@ def _open_journal(experiment, workdir, header, step, saved):
     last = diary.last_step
     for number in range(step + 1, diary.last_step + 1):
       due = partial(_due, experiment, number)
-      if (due(experiment.log_every) and number not in logged) or (
+      has_line = due(experiment.log_every) or due(experiment.evaluate_every)
+      if (has_line and number not in logged) or (
         due(experiment.checkpoint_every) and number not in saved
       ):
         last = number - 1
         break
     if last < step or diary.first_step > step + 1:
-      if diary.last_step:
-        logging.warning(
-          "the journal has the steps %d to %d, which do not lead on from the "
-          "checkpoint of step %d: it begins anew there",
-          diary.first_step,
-          diary.last_step,
-          step,
-        )
+      logging.warning(
+        "the journal has %s, which do not lead on from the checkpoint of step "
+        "%d: it begins anew there, and only later steps can be replayed",
+        f"the steps {diary.first_step} to {diary.last_step}"
+        if diary.last_step
+        else "no steps",
+        step,
+      )
       diary.close()
       path.unlink()
       diary, last = journal.Journal(path, header), step
@@ -190,6 +212,7 @@ class _Run(NamedTuple):
   logs: list[loggers.Logger]
   stopped: Callable[[int], bool]
   feed: Feed
+  valid: Split
   seconds: float  # Time that earlier processes spent on this run.
 
 
@@ -197,7 +220,6 @@ def _loop(run, state, step, saved):
   """Trains from `step` on, `saved` on disk; returns the last step's number."""
   experiment, parts = run.experiment, run.parts
   score = evaluate.evaluator(experiment.model, experiment.task)
-  valid = run.feed.put(experiment.task.splits["valid"]())
   rollbacks = 0
   meter = _Meter(experiment, state, step, run.seconds)
   if experiment.search and not step and not run.checkpoints.steps():
@@ -233,7 +255,7 @@ def _loop(run, state, step, saved):
       values |= {name: float(x) for name, x in step_metrics.items()}
       values |= meter.read(state, step)
     if due(experiment.evaluate_every):
-      scores = score(state.params, valid)
+      scores = score(state.params, run.valid)
       values |= {f"valid_{name}": x for name, x in scores.items()}
     if values:
       for logger in run.logs:

@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from zorn_jax import build, journal
-from zorn_jax.checkpoint import Checkpoints
+from zorn_jax.checkpoint import CheckpointError, Checkpoints
 from zorn_jax.cli import _run
 from zorn_jax.data import Feed
 from zorn_jax.replay import replay
@@ -66,7 +66,9 @@ def main(argv) -> int:
       "Bring back the files of the run."
     )
   last = records[-1].step if records else 0
-  wanted = last if _STEP.value is None else _STEP.value
+  wanted = _STEP.value
+  if wanted is None:
+    wanted = max([last, *checkpoints.steps()])
   saved = [step for step in checkpoints.steps() if step <= wanted]
   if wanted < 0 or wanted > max([last, *saved]):
     raise ValueError(
@@ -92,8 +94,7 @@ def main(argv) -> int:
     segment, records = records[: stop - step], records[stop - step :]
     state, step = replay(parts, state, segment, feed), stop
     if _VERIFY.value and stop in saved:
-      same = digest(state.params) == checkpoints.params_digest(stop)
-      compared[stop] = "equal" if same else "different"
+      compared[stop] = _compare(checkpoints, stop, state.params)
   result = {
     "step": step,
     "params_digest": digest(state.params),
@@ -112,7 +113,16 @@ def main(argv) -> int:
   else:
     for name, value in result.items():
       print(f"{name:16} {value}")
-  return int("different" in compared.values())
+  return int(any(word != "equal" for word in compared.values()))
+
+
+def _compare(checkpoints, step, params):
+  """How a checkpoint compares with what it should hold, in a word."""
+  try:
+    found, _, _ = checkpoints.restore_params(params, step)
+  except CheckpointError:
+    return "damaged"
+  return "equal" if digest(found) == digest(params) else "different"
 
 
 def run() -> None:
