@@ -24,7 +24,7 @@ def get_config():
   config.mesh.probe = 0  # Devices that share the probes; 0 for all.
   config.mesh.data = 1  # That share the rows of a batch.
   config.mesh.head = 1  # That share a model.
-  config.mesh.update = "replicated"  # Or sharded over the devices.
+  config.mesh.updates = "replicated"  # Or sharded over the devices.
 
   config.task = ml_collections.ConfigDict()
   config.task.name = "copy"

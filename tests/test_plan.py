@@ -139,7 +139,7 @@ TINY = {
 LOW_RANK = {"name": "low_rank", "rank": 1, "base": "rademacher"}
 MESHES = {
   "probes": {"mesh__probe": 8},
-  "slices": {"mesh__probe": 8, "mesh__update": "sharded"},
+  "slices": {"mesh__probe": 8, "mesh__updates": "sharded"},
   "rows": {"mesh__probe": 4, "mesh__data": 2},
   "heads": {"mesh__probe": 4, "mesh__head": 2},
 }
@@ -158,7 +158,7 @@ def test_planned_bytes_are_those_of_the_compiled_step(name):
   )
   moved = sum(collective_bytes(x.compile().as_text()) for x in lowered)
   assert planned["collective_bytes_per_step"] == moved
-  assert planned["updates"][config.mesh["update"]]["bytes"] == moved
+  assert planned["updates"][config.mesh.updates]["bytes"] == moved
   if name == "probes":
     assert moved == 4 * 16 * 2
 

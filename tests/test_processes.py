@@ -526,6 +526,7 @@ def train_together(workdir, number):
     place = [f"--coordinator=127.0.0.1:{free_port()}"]
     place += [f"--num_processes={number}"]
   overrides = ["--config.num_probes=8", "--config.steps=40"]
+  overrides += ["--config.estimator.probe_batch=2"]
   started = [
     subprocess.Popen(
       small.train_command(workdir, *overrides, *place)

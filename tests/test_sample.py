@@ -528,7 +528,7 @@ def by_hand(model, params, tokens, weights):
 
 
 def test_exact_sequences_are_those_of_teacher_forcing():
-  model, params = lstm(2, seed=2)
+  model, params = lstm(2, seed=5)
   params = jax.tree.map(lambda x: 2 * x, params)  # Else it repeats itself.
   rng = np.random.default_rng(3)
   tokens = rng.integers(0, 2, (64, 8))

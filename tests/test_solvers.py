@@ -455,6 +455,7 @@ def test_results_do_not_depend_on_how_many_probes_run_at_once(name):
   used, three = [], probe_map.sequential(3)
   spy = probe_map.ProbeMap(
     lambda fn, xs: used.append("map") or three.map(fn, xs),
+    lambda fn, xs: used.append("map") or three.keep(fn, xs),
     lambda fn, xs: used.append("sum") or three.sum(fn, xs),
   )
   estimator = ROWS[name].make(EPSILON, 4, probe_map=spy)

@@ -95,10 +95,10 @@ def load(workdir: pathlib.Path, one_device: bool = True) -> Experiment:
 
 def _layout(config, one_device, num_devices):
   options = config.mesh.to_dict()
-  update = options.pop("update")
+  update = options.pop("updates")
   if update not in mesh.UPDATES:
     raise ValueError(
-      f"unknown mesh.update {update!r}. Choose one of "
+      f"unknown mesh.updates {update!r}. Choose one of "
       f"{', '.join(mesh.UPDATES)}."
     )
   if one_device:

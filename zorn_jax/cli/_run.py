@@ -25,10 +25,11 @@ def run(main: Callable[[list[str]], int | None], *required: str) -> None:
     except ValueError as error:
       _fail(str(error))
     except OSError as error:
-      fact = error.strerror and f"{error.filename}: {error.strerror}"
+      fact = error.strerror or str(error).strip().splitlines()[-1].strip()
+      where = error.filename or "a file of the run"
       _fail(
-        f"cannot use {fact or str(error).strip().splitlines()[-1].strip()}. "
-        "Check the path, its permissions and the free space."
+        f"cannot use {where}: {fact}. Check the path, its permissions and the "
+        "free space."
       )
 
   app.run(guarded, flags_parser=_parse)
