@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests in an environment of their own; arguments go to pytest.
+# Without any, slow tests are left out: -m "slow or not slow" runs them all.
 #   ZORN_VENV         the environment (.venv-test); reused when it exists
 #   PYTHON            what makes it (python3.11 where found, else python3)
 #   ZORN_CONSTRAINTS  requirements to install beside ours, e.g. "jax==0.11.2"
@@ -35,4 +36,4 @@ PATH=$venv/bin:$PATH
 ruff check
 ruff format --check
 pyrefly check --python-interpreter-path "$venv/bin/python"
-pytest -q -n 2 "$@"
+pytest -q -n 2 -m "not slow" "$@"

@@ -47,6 +47,7 @@ def comparable(workdir):
   return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
 
+@pytest.mark.slow  # tests/test_chaos.py has more, in one process.
 def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
   workdir = tmp_path / "killed"
   for lines in (1, 6, 12):

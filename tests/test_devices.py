@@ -17,6 +17,7 @@ from zorn_jax.data import Feed
 from zorn_jax.step import programs
 from zorn_jax.train_state import digest
 
+SLOW = pytest.mark.slow
 SIZES = {
   "num_probes": 16,
   "batch_size": 4,
@@ -54,7 +55,7 @@ def trained(**overrides) -> Trained:
   return Trained(np.stack(losses), params, digest(state.params))
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW), 8])
 def test_every_loss_is_the_same_on_any_number_of_devices(count):
   one, many = trained(), trained(mesh__probe=count)
   np.testing.assert_array_equal(one.losses, many.losses)
@@ -109,7 +110,7 @@ def moved(size, **overrides):
   return Moved(*map(collective_bytes, texts)), experiment
 
 
-@pytest.mark.parametrize("size", ["tiny", "medium"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("medium", marks=SLOW)])
 def test_only_losses_move(size):
   step, experiment = moved(size)
   assert 0 < step.query + step.update <= 8 * experiment.num_probes + 64
