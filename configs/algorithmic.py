@@ -10,8 +10,9 @@ The argument is TASK or TASK,VARIANT:
   bptt    back-propagation through time with AdamW.
 The LSTM of recipe is small, the others' is the paper's tiny one; but bptt gives
 repeat_copy the full DNC.
-docs/algorithmic.md has what bptt reaches; scripts/solve_algorithmic.py measures
-the others as well.
+docs/algorithmic.md has what each reaches on one core, recipe and paper in ten
+minutes: recipe 2 (repeat_copy) to 61 (sort) percent of whole answers, paper
+none, bptt 98 to 100.
 """
 
 import ml_collections
