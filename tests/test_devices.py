@@ -191,12 +191,16 @@ def test_collectives_are_counted_in_all_their_forms():
     ({"mesh__probe": 16}, "needs 16 devices, but there are 8"),
     ({"mesh__data": 0}, "mesh.data must be at least 1, got 0"),
     ({"mesh__probe": -1}, "mesh.probe must be at least 0, got -1"),
+    (
+      {"mesh__updates": "sharded", "mesh__probe": 8},
+      "8 devices can cut no parameter evenly",
+    ),
     ({"mesh__updates": "odd"}, "unknown mesh.updates 'odd'"),
   ],
 )
 def test_bad_meshes_are_refused(overrides, message):
   with pytest.raises(ValueError, match=message):
-    build.experiment(small.config(**SIZES | overrides))
+    programs(build.experiment(small.config(**SIZES | overrides)))
 
 
 def test_back_propagation_runs_on_one_device():

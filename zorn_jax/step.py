@@ -244,12 +244,18 @@ def _template(experiment):
   layout = experiment.layout
   state = jax.eval_shape(partial(init_state, experiment))
   placed = layout.place(state.params, experiment.model.specs)
+  slices = layout.slices(state.params, placed)
+  if layout.update == "sharded" and layout.mesh.size > 1 and slices == placed:
+    raise ValueError(
+      f"{layout.mesh.size} devices can cut no parameter evenly for a sharded "
+      "update. Set mesh.updates to replicated, or choose sizes that they can."
+    )
   places = jax.tree.map(lambda leaf: layout.everywhere, state)
   opt_state = optax.tree.map_params(
     experiment.optimizer,
     lambda leaf, sharding: sharding,
     state.opt_state,
-    layout.slices(state.params, placed),
+    slices,
     transform_non_params=lambda leaf: layout.everywhere,
   )
   places = places._replace(params=placed, opt_state=opt_state)

@@ -19,7 +19,6 @@ from zorn_jax import (
   evaluate,
   journal,
   loggers,
-  mesh,
   plots,
   processes,
   search,
@@ -97,7 +96,6 @@ def train(
         f"the workdir {str(workdir)!r} is not the one of the first process: it "
         f"has no {CONFIG_NAME}. Name a directory that all hosts share."
       )
-    logging.info("%s", mesh.describe(experiment.layout))
     checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
     stack.callback(checkpoints.close)
     feed = Feed(experiment.task, experiment.layout.everywhere)

@@ -12,12 +12,14 @@ python -m zorn_jax.cli.train --config=configs/shakespeare.py --workdir=DIR \
 import json
 import pathlib
 import platform
+import sys
 from importlib import metadata
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from zorn_jax import build, loggers, processes
+from zorn_jax import build, loggers, mesh, processes
 from zorn_jax.cli import _run
 from zorn_jax.train import train
 
@@ -55,6 +57,8 @@ def main(argv) -> int:
       logging.set_verbosity(logging.ERROR)  # The first says it for all.
     loggers.check(config.loggers)
     experiment = build.experiment(config)
+    if processes.is_first() and jax.device_count() > 1:
+      print(mesh.describe(experiment.layout), file=sys.stderr)
     train(experiment, workdir, config.to_dict(), config.loggers)
   return 0
 
