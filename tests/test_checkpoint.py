@@ -491,3 +491,16 @@ def test_sigkill_while_saving(tmp_path, delay_ms):
   assert_same(state, make_state(step, size=20_000))
   checkpoints.save(step + 1, make_state(step + 1), {})
   assert all(p.name.isdecimal() for p in tmp_path.iterdir())
+
+
+def test_a_regular_checkpoint_outlives_those_between(tmp_path):
+  """What a signal leaves does not push out what a run goes back to."""
+  checkpoints = checkpoint.Checkpoints(tmp_path, every=10)
+  for step in (10, 20, 23, 27, 29):
+    checkpoints.save(step, make_state(step), {})
+  assert checkpoints.steps() == [20, 27, 29]
+  checkpoints.forget(20)
+  assert checkpoints.steps() == [20]
+  checkpoints.save(30, make_state(30), {})
+  assert checkpoints.steps() == [20, 30]
+  checkpoints.close()

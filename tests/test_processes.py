@@ -527,6 +527,9 @@ def train_together(workdir, number):
     place += [f"--num_processes={number}"]
   overrides = ["--config.num_probes=8", "--config.steps=40"]
   overrides += ["--config.estimator.probe_batch=2"]
+  # What a search finds is saved by all of them.
+  overrides += ["--config.search.enabled=True", "--config.search.depth=1"]
+  overrides += ["--config.optimizer.warmup_steps=0"]
   started = [
     subprocess.Popen(
       small.train_command(workdir, *overrides, *place)

@@ -45,19 +45,22 @@ class Checkpoints:
     directory: Where they lie; made by the first `save`.
     keep: How many of the latest to keep, at least 1. The best one, of the
       lowest finite metric "loss", is kept besides.
+    every: So is the latest whose step is a multiple of it.
   Raises:
     CheckpointError: If `keep` is not positive.
   Guarantees: a process killed at any moment leaves every other checkpoint as
     it was, and the one being written either complete or invisible.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+  def __init__(
+    self, directory: str | os.PathLike[str], keep: int = 2, every: int = 1
+  ):
     if keep < 1:
       raise CheckpointError(
         f"keep must be positive, got {keep}. Keep at least 1 checkpoint."
       )
     self._directory = pathlib.Path(directory).absolute()
-    self._keep = keep
+    self._keep, self._every = keep, every
     self._manager: ocp.CheckpointManager | None = None
 
   def steps(self) -> list[int]:
@@ -182,7 +185,7 @@ class Checkpoints:
           enable_async_checkpointing=False,
           cleanup_tmp_directories=True,
           num_deletion_threads=1,
-          preservation_policy=_Preservation(self, self._keep),
+          preservation_policy=_Preservation(self, self._keep, self._every),
         ),
       )
     return self._manager
@@ -308,15 +311,16 @@ class _Preservation:
   with one a damaged metrics file prevents the manager from opening.
   """
 
-  def __init__(self, checkpoints, keep):
+  def __init__(self, checkpoints, keep, every):
     self._checkpoints = checkpoints
-    self._keep = keep
+    self._keep, self._every = keep, every
 
   def should_preserve(self, checkpoints, *, context):
     del context
     steps = [info.step for info in checkpoints]  # The one just saved is last.
     best_first, _ = self._checkpoints._losses()
-    kept = steps[-self._keep :] + best_first[:1]
+    regular = [step for step in steps if step % self._every == 0]
+    kept = steps[-self._keep :] + best_first[:1] + regular[-1:]
     return [step in kept for step in steps]
 
 

@@ -215,8 +215,8 @@ def programs(experiment: Experiment) -> Programs:
   layout, method = experiment.layout, experiment.method
   template = _template(experiment)
   places = jax.tree.map(lambda leaf: leaf.sharding, template)
-  # The states that some methods carry stay with their probes.
-  after = places._replace(method_state=None)
+  # The states that streaming methods carry stay with their probes.
+  after = places._replace(method_state=None) if method.in_parts else places
 
   def recall(state, data):
     return method.recall(state.params, data, now(experiment, state))

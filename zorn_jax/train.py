@@ -23,7 +23,7 @@ from zorn_jax import (
   processes,
   search,
 )
-from zorn_jax.checkpoint import Checkpoints
+from zorn_jax.checkpoint import CheckpointError, Checkpoints
 from zorn_jax.data import Feed
 from zorn_jax.lock import lock
 from zorn_jax.replay import replay
@@ -85,6 +85,7 @@ def train(
   )
   jax.eval_shape(partial(train_step, experiment), parts.template, data)
   valid = experiment.task.splits["valid"]()
+  processes.agree({"the text of the task": experiment.task.fingerprint})
   first = processes.is_first()
   with contextlib.ExitStack() as stack, _stop_on_signal() as stopped:
     if first:
@@ -96,13 +97,17 @@ def train(
         f"the workdir {str(workdir)!r} is not the one of the first process: it "
         f"has no {CONFIG_NAME}. Name a directory that all hosts share."
       )
-    checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
+    checkpoints = Checkpoints(
+      workdir / CHECKPOINTS_NAME, every=experiment.checkpoint_every
+    )
     stack.callback(checkpoints.close)
+    _see_the_same(checkpoints)
     feed = Feed(experiment.task, experiment.layout.everywhere)
     stack.callback(feed.close)
     restored = checkpoints.restore(parts.template)
-    state, saved, _ = restored or (parts.init(), 0, None)
+    state, saved, ranks = restored or (parts.init(), 0, {})
     step = saved
+    processes.agree({"the step that is read": str(step)})
     diary = None
     if experiment.method.recall:
       identity = fingerprint(config, experiment.task.fingerprint)
@@ -133,7 +138,7 @@ def train(
       feed.put(valid),
       seconds,
     )
-    step = _loop(run, state, step, saved)
+    step = _loop(run, state, step, saved, ranks)
   if first:
     plots.plot_losses(workdir)
   return step == experiment.steps
@@ -214,17 +219,26 @@ class _Run(NamedTuple):
   seconds: float  # Time that earlier processes spent on this run.
 
 
-def _loop(run, state, step, saved):
-  """Trains from `step` on, `saved` on disk; returns the last step's number."""
+def _see_the_same(checkpoints):
+  """Raises ValueError if a process lists other checkpoints than the first."""
+  processes.agree({"the list of checkpoints": str(checkpoints.steps())})
+
+
+def _loop(run, state, step, saved, ranks):
+  """Trains from `step` on; returns the number of the last step.
+
+  On disk is the state after step `saved`, ranked by `ranks`.
+  """
   experiment, parts = run.experiment, run.parts
   score = evaluate.evaluator(experiment.model, experiment.task)
-  rollbacks = 0
+  rollbacks, asked = 0, 0
   meter = _Meter(experiment, state, step, run.seconds)
   if experiment.search and not step and not run.checkpoints.steps():
-    state = _searched(run, state, step)
-  while step < experiment.steps and not run.stopped(step):
+    state = _searched(run, state, step, {})
+  while step < experiment.steps and not run.stopped(asked):
+    asked += 1  # Unlike the step, it never goes back.
     if _wants_search(experiment, state, step):
-      state = _searched(run, state, step)
+      state = _searched(run, state, step, ranks if saved == step else {})
     data = run.feed.at(step)
     losses, scalars, aside = parts.query(state, data)
     if parts.recall:
@@ -259,8 +273,8 @@ def _loop(run, state, step, saved):
       for logger in run.logs:
         logger.log(step, values)
     if saving:
-      _save(run, step, state, _rank_by(values))
-      saved, rollbacks = step, 0
+      saved, rollbacks, ranks = step, 0, _rank_by(values)
+      _save(run, step, state, ranks)
   if saved != step and not bool(state.control.exploded):
     _save(run, step, state, {})
   return step
@@ -295,13 +309,15 @@ def _roll_back(run, watched, step, rollbacks):
   """
   loss = float(watched.average)
   every = run.experiment.checkpoint_every
+  _see_the_same(run.checkpoints)
   # One that a signal left is passed over, as if the signal had not come.
   steps = [step for step in run.checkpoints.steps() if step % every == 0]
   first_lesson = not watched.lesson or not watched.lesson.spent[1:].any()
-  if math.isnan(loss) and not any(steps) and first_lesson:
+  if math.isnan(loss) and not any(steps) and first_lesson and rollbacks == 1:
     raise ValueError(
-      f"no loss was finite until step {step}: the model gives none from its "
-      "first batch on. Look at the model's initial scales and the data."
+      f"no loss with its gradient was finite until step {step}: the model "
+      "gives none from its first batch on. Look at the model's initial scales "
+      "and the data."
     )
   if rollbacks > run.experiment.watch.max_rollbacks:
     raise ValueError(
@@ -309,11 +325,14 @@ def _roll_back(run, watched, step, rollbacks):
       f"roll-backs in a row (its average was {loss:.4g}). Lower the learning "
       "rate, or look for what makes the losses jump."
     )
-  if steps:
-    restored = run.checkpoints.restore(run.parts.template, steps[-1])
-    state, back, metrics = restored
-  else:
-    state, back, metrics = run.parts.init(), 0, {}
+  state, back, metrics = None, 0, {}
+  for candidate in reversed(steps):
+    with contextlib.suppress(CheckpointError):
+      restored = run.checkpoints.restore(run.parts.template, candidate)
+      state, back, metrics = restored
+      break
+  if state is None:
+    state = run.parts.init()
   # Half of what was in force, whatever the plateau was at the checkpoint.
   halved = control.scale(watched) / 2
   scale = halved / control.scale(state.control._replace(scale=jnp.float32(1)))
@@ -332,7 +351,7 @@ def _roll_back(run, watched, step, rollbacks):
     run.journal.rewind(max(back, run.journal.first_step - 1))
   # The checkpoint may lie on the way up: what comes is measured against itself.
   again = state.control._replace(scale=scale, average=jnp.float32(jnp.nan))
-  state = state._replace(control=again)
+  state = state._replace(control=run.feed.put(again))
   run.checkpoints.save(back, state, metrics)
   return state, back
 
@@ -346,7 +365,7 @@ def _wants_search(experiment, state, step):
   return float(state.control.plateau.scale) < 1
 
 
-def _searched(run, state, step):
+def _searched(run, state, step, ranks):
   """The state with the learning rate that the search likes best."""
   experiment, data = run.experiment, run.feed.at(step)
   fresh = control.init(experiment.watch)
@@ -354,7 +373,8 @@ def _searched(run, state, step):
 
   def with_rate(rate):
     scale = jnp.float32(rate / experiment.peak_rate)
-    return state._replace(control=fresh._replace(scale=scale))
+    chosen = fresh._replace(scale=scale)
+    return state._replace(control=run.feed.put(chosen))
 
   def trial(rate):
     tried = with_rate(rate)
@@ -367,7 +387,7 @@ def _searched(run, state, step):
   rate = search.best_rate(experiment.search, trial)
   logging.info("the search found a peak learning rate of %.3g", rate)
   state = with_rate(rate)
-  run.checkpoints.save(step, state, {})  # No record of a step knows of it.
+  _save(run, step, state, ranks)  # No record of a step knows of it.
   return state
 
 
