@@ -32,7 +32,9 @@ run = pathlib.Path(flags["workdir"])
 seed, steps = int(flags["config.seed"]), int(flags["config.steps"])
 event = lambda what: (run / "events").open("a").write(
   f"{what} {os.getpid()} {time.monotonic()}\n")
-end = lambda *_: (event("stop"), time.sleep(0.3), event("end"), os._exit(0))
+# The kernel may tell it twice.
+end = lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), event("stop"),
+  time.sleep(0.3), event("end"), os._exit(0))
 if seed >= 100:
   signal.signal(signal.SIGTERM, end)
 (run / "place").write_text(json.dumps({
