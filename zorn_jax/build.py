@@ -74,12 +74,9 @@ def experiment(
     ) from error
 
 
-def load(workdir: pathlib.Path, one_device: bool = True) -> Experiment:
-  """The experiment of a run directory.
+def load(workdir: pathlib.Path) -> Experiment:
+  """The experiment of a run directory, on one device.
 
-  Args:
-    workdir: Where the run is.
-    one_device: As in :func:`experiment`.
   Raises:
     ValueError: If the directory holds no run.
   """
@@ -90,7 +87,7 @@ def load(workdir: pathlib.Path, one_device: bool = True) -> Experiment:
       "workdir of a run of zorn-train."
     )
   config = ml_collections.ConfigDict(json.loads(path.read_text()))
-  return experiment(config, one_device)
+  return experiment(config, one_device=True)
 
 
 def _layout(config, one_device, num_devices):

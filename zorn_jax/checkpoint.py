@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from zorn_jax import train_state, types
+from zorn_jax import mesh, train_state, types
 
 Which = int | Literal["best"] | None
 Restored = tuple[Any, int, dict[str, float]]
@@ -69,20 +69,6 @@ class Checkpoints:
       return []
     names = (p.name.removesuffix(_REPLACED) for p in self._directory.iterdir())
     return sorted({int(name) for name in names if name.isdecimal()})
-
-  def params_digest(self, step: int) -> str:
-    """The digest of the parameters that a checkpoint was given.
-
-    Raises:
-      CheckpointError: If there is no such checkpoint, or it is damaged.
-    """
-    try:
-      return self._summary(step)["params_digest"]
-    except Exception as error:
-      raise CheckpointError(
-        f"the checkpoint of step {step} in {self._directory} cannot be read "
-        f"({_reason(error)}). Choose one of the steps {self.steps()}."
-      ) from error
 
   def save(
     self, step: int, state: train_state.TrainState, metrics: dict[str, float]
@@ -371,21 +357,12 @@ def _read_leaf(directory, name, template):
   else:
     leaf = np.asarray(_data(empty.reshape(template.shape)))
   if template.sharding and getattr(template, "committed", True):
-    leaf = _put(leaf, template.sharding)
+    leaf = mesh.put(leaf, template.sharding)
   else:
     leaf = jnp.asarray(leaf)
   if _is_key(template):
     return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(empty))
   return leaf
-
-
-def _put(leaf, sharding):
-  """An array of the host on the devices of all hosts."""
-  if jax.process_count() == 1:
-    return jax.device_put(leaf, sharding)
-  return jax.make_array_from_callback(
-    leaf.shape, sharding, lambda index: leaf[index]
-  )
 
 
 def _checksum(summary):

@@ -3,8 +3,8 @@
 from concurrent import futures
 
 import jax
-import numpy as np
 
+from zorn_jax import mesh
 from zorn_jax.tasks import Task
 
 
@@ -39,17 +39,7 @@ class Feed:
   def put(self, tree):
     """The arrays of a tree where the data go; other leaves as they are."""
 
-    def put(x):
-      if not hasattr(x, "shape"):
-        return x
-      if jax.process_count() == 1:
-        return jax.device_put(x, self._place)
-      # Every process brings what its devices hold.
-      whole = np.asarray(x)
-      return jax.make_array_from_callback(
-        x.shape, self._place, lambda index: whole[index]
-      )
-
+    put = lambda x: mesh.put(x, self._place) if hasattr(x, "shape") else x
     return jax.tree.map(put, tree)
 
   def close(self) -> None:

@@ -147,6 +147,21 @@ def make(
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def put(x, place: jax.sharding.Sharding | None) -> jax.Array:
+  """An array that every process has, where it belongs on their devices.
+
+  Args:
+    x: An array; every process brings what its devices hold.
+    place: Its sharding; None for the first device.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(x, place)
+  whole = np.asarray(x)
+  return jax.make_array_from_callback(
+    whole.shape, place, lambda index: whole[index]
+  )
+
+
 def describe(layout: Layout) -> str:
   """The layout in one line."""
   sizes = " x ".join(

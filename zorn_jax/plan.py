@@ -12,9 +12,8 @@ from zorn_jax.mesh import UPDATES
 from zorn_jax.step import (
   Experiment,
   init_state,
-  now,
+  passes,
   programs,
-  query,
   train_step,
   update,
 )
@@ -152,7 +151,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   state = jax.eval_shape(partial(init_state, traced))
   data = jax.eval_shape(lambda: traced.task.data)
   step = jax.make_jaxpr(partial(train_step, traced))(state, data)
-  queries, passed = jax.make_jaxpr(partial(_passes, traced), return_shape=True)(
+  queries, passed = jax.make_jaxpr(partial(passes, traced), return_shape=True)(
     state, data
   )
   updated = jax.make_jaxpr(partial(update, traced))(state, *passed)
@@ -263,15 +262,6 @@ def _held(experiment, data) -> int:
 
 def _size(tree) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _passes(experiment, state, data):
-  """All that a step computes before its update."""
-  losses, aside = query(experiment, state, data)
-  if experiment.method.recall:
-    this = now(experiment, state)
-    aside = experiment.method.recall(state.params, data, this)
-  return losses, aside
 
 
 def cost(jaxpr: core.Jaxpr) -> Cost:

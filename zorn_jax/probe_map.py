@@ -68,6 +68,27 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
   return ProbeMap(map_, map_, sum_)
 
 
+def spread(fn, mesh: Mesh, axis: str, in_specs, out_specs):
+  """`fn` on every device of one axis of a mesh; the other axes are left alone.
+
+  Args:
+    fn: What a device does with its parts of the arguments.
+    mesh: The devices.
+    axis: Name of the axis, which `fn` may gather and sum over.
+    in_specs: As `jax.shard_map` has them, and so are `out_specs`.
+  """
+  # Within the map of another axis, that one is manual already.
+  around = jax.sharding.get_abstract_mesh()
+  return jax.shard_map(
+    fn,
+    mesh=mesh if around.empty else around,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names={axis},
+    check_vma=False,  # It takes what was gathered for different everywhere.
+  )
+
+
 def sharded(
   mesh: Mesh, batch_size: int | None = None, axis: str = "probe"
 ) -> ProbeMap:
@@ -91,32 +112,24 @@ def sharded(
   if shards == 1:
     return inner
 
-  def spread(fn, xs, shared, out_specs):
+  def each(fn, xs, shared, out_specs):
     num_probes = jax.tree.leaves(xs)[0].shape[0]
     if num_probes % shards:
       raise ValueError(
         f"{shards} devices cannot share {num_probes} probes evenly. Choose a "
         f"multiple of {shards}."
       )
-    # Within the map of another axis, that one is manual already.
-    around = jax.sharding.get_abstract_mesh()
-    return jax.shard_map(
-      fn,
-      mesh=mesh if around.empty else around,
-      in_specs=(PartitionSpec(axis), *[PartitionSpec()] * len(shared)),
-      out_specs=out_specs,
-      axis_names={axis},
-      check_vma=False,  # It takes what was gathered for different everywhere.
-    )(xs, *shared)
+    in_specs = (PartitionSpec(axis), *[PartitionSpec()] * len(shared))
+    return spread(fn, mesh, axis, in_specs, out_specs)(xs, *shared)
 
   def map_(fn, xs, *shared):
     def local(xs, *shared):
       gather = lambda x: jax.lax.all_gather(x, axis, tiled=True)
       return jax.tree.map(gather, inner.map(fn, xs, *shared))
 
-    return spread(local, xs, shared, PartitionSpec())
+    return each(local, xs, shared, PartitionSpec())
 
   def keep(fn, xs, *shared):
-    return spread(partial(inner.map, fn), xs, shared, PartitionSpec(axis))
+    return each(partial(inner.map, fn), xs, shared, PartitionSpec(axis))
 
   return ProbeMap(map_, keep, inner.sum)

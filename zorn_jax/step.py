@@ -117,6 +117,22 @@ def query(
   )
 
 
+def recall(experiment: Experiment, state: TrainState, data: Any) -> Any:
+  """What is left beside the losses, without queries; see `Method.recall`."""
+  this = now(experiment, state)
+  return experiment.method.recall(state.params, data, this)
+
+
+def passes(
+  experiment: Experiment, state: TrainState, data: Any
+) -> tuple[jax.Array, Any]:
+  """All that a step computes before its update: losses, and what is beside."""
+  losses, aside = query(experiment, state, data)
+  if experiment.method.recall:
+    aside = recall(experiment, state, data)
+  return losses, aside
+
+
 def update(
   experiment: Experiment, state: TrainState, losses: jax.Array, aside: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -178,12 +194,8 @@ def update(
 def train_step(
   experiment: Experiment, state: TrainState, data: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """A whole step: :func:`query`, then :func:`update`."""
-  losses, aside = query(experiment, state, data)
-  if experiment.method.recall:
-    this = now(experiment, state)
-    aside = experiment.method.recall(state.params, data, this)
-  return update(experiment, state, losses, aside)
+  """A whole step: :func:`passes`, then :func:`update`."""
+  return update(experiment, state, *passes(experiment, state, data))
 
 
 class Programs(NamedTuple):
@@ -218,9 +230,6 @@ def programs(experiment: Experiment) -> Programs:
   # The states that streaming methods carry stay with their probes.
   after = places._replace(method_state=None) if method.in_parts else places
 
-  def recall(state, data):
-    return method.recall(state.params, data, now(experiment, state))
-
   def ask(state, data):
     losses, aside = query(experiment, state, data)
     scalars = now(experiment, state).epsilon, control.scale(state.control)
@@ -232,7 +241,9 @@ def programs(experiment: Experiment) -> Programs:
   return Programs(
     init=jax.jit(partial(init_state, experiment), out_shardings=places),
     query=jax.jit(ask, out_shardings=(everywhere, everywhere, None)),
-    recall=jax.jit(recall, out_shardings=everywhere) if method.recall else None,
+    recall=jax.jit(partial(recall, experiment), out_shardings=everywhere)
+    if method.recall
+    else None,
     update=jax.jit(step, donate_argnums=0, out_shardings=updated),
     attempt=jax.jit(step, out_shardings=updated),
     template=template,

@@ -27,7 +27,7 @@ from zorn_jax.checkpoint import CheckpointError, Checkpoints
 from zorn_jax.data import Feed
 from zorn_jax.lock import lock
 from zorn_jax.replay import replay
-from zorn_jax.step import Experiment, Programs, programs, query, train_step
+from zorn_jax.step import Experiment, Programs, passes, programs, update
 from zorn_jax.tasks import Split
 from zorn_jax.workdir import (
   CHECKPOINTS_NAME,
@@ -80,10 +80,8 @@ def train(
   parts = programs(experiment)
   # Mistakes that only show in the traced step must not claim the workdir.
   data = jax.eval_shape(lambda: experiment.task.data)
-  losses, aside = jax.eval_shape(
-    partial(query, experiment), parts.template, data
-  )
-  jax.eval_shape(partial(train_step, experiment), parts.template, data)
+  passed = jax.eval_shape(partial(passes, experiment), parts.template, data)
+  jax.eval_shape(partial(update, experiment), parts.template, *passed)
   valid = experiment.task.splits["valid"]()
   processes.agree({"the text of the task": experiment.task.fingerprint})
   first = processes.is_first()
@@ -111,7 +109,7 @@ def train(
     diary = None
     if experiment.method.recall:
       identity = fingerprint(config, experiment.task.fingerprint)
-      header = journal.Header(identity, *losses.shape)
+      header = journal.Header(identity, *passed[0].shape)
       diary, records = _open_journal(
         experiment, workdir, header, step, checkpoints.steps()
       )
@@ -240,9 +238,7 @@ def _loop(run, state, step, saved, ranks):
     if _wants_search(experiment, state, step):
       state = _searched(run, state, step, ranks if saved == step else {})
     data = run.feed.at(step)
-    losses, scalars, aside = parts.query(state, data)
-    if parts.recall:
-      aside = parts.recall(state, data)
+    losses, scalars, aside = _passed(parts, state, data)
     state, step_metrics = parts.update(state, losses, aside)
     step += 1
     if run.journal:
@@ -280,6 +276,14 @@ def _loop(run, state, step, saved, ranks):
   return step
 
 
+def _passed(parts, state, data):
+  """Losses, scalars and what is beside them, before an update."""
+  losses, scalars, aside = parts.query(state, data)
+  if parts.recall:
+    aside = parts.recall(state, data)
+  return losses, scalars, aside
+
+
 def _save(run, step, state, metrics):
   """Writes a checkpoint that the journal on the disk leads on from."""
   if run.journal:
@@ -295,9 +299,7 @@ def _explodes(run, state, step):
 
 def _attempt(parts, state, data):
   """A step whose state can be used again."""
-  losses, _, aside = parts.query(state, data)
-  if parts.recall:
-    aside = parts.recall(state, data)
+  losses, _, aside = _passed(parts, state, data)
   return parts.attempt(state, losses, aside)
 
 

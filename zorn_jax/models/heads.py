@@ -15,7 +15,7 @@ import jax
 from flax.core import FrozenDict
 from jax.sharding import Mesh, PartitionSpec
 
-from zorn_jax import perturbed
+from zorn_jax import perturbed, probe_map
 from zorn_jax.models.linen import from_linen
 from zorn_jax.models.recurrent import Recurrent, name_of
 from zorn_jax.models.types import Model
@@ -87,16 +87,9 @@ def shard_heads(module: nn.Module, mesh: Mesh) -> Model:
   split_embed = "embed" in specs
 
   def spread(fn, params, inputs, in_specs, out_specs):
-    # Within the map of another axis, that one is manual already.
-    around = jax.sharding.get_abstract_mesh()
-    return jax.shard_map(
-      fn,
-      mesh=mesh if around.empty else around,
-      in_specs=(_specs_of(params, specs), *in_specs),
-      out_specs=out_specs,
-      axis_names={AXIS},
-      check_vma=False,  # It takes what was gathered for different everywhere.
-    )(params, *inputs)
+    in_specs = (_specs_of(params, specs), *in_specs)
+    spread_fn = probe_map.spread(fn, mesh, AXIS, in_specs, out_specs)
+    return spread_fn(params, *inputs)
 
   def initial_carry(params, batch_size):
     def local(params):
