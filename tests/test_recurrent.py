@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zorn_jax import directions, models, perturbed
-from zorn_jax.models import cells, recurrent
+from zorn_jax.models import cells, inputs, population
 
 # Bounds of STYLE.md, times the square root of the longest reduction.
 ATOL = {jnp.float32: 5e-7, jnp.bfloat16: 2e-3}
@@ -144,7 +144,7 @@ def check(got, expected, atol):
 
 
 # Few tokens and more words than a table may have: no table.
-FOLDED, UNFOLDED = 11, recurrent.MAX_TABLE_ROWS + 1
+FOLDED, UNFOLDED = 11, inputs.MAX_TABLE_ROWS + 1
 
 CELLS = sorted(cells.CELLS)
 BOTH = {"layer_norm": True, "residual": True}
@@ -251,7 +251,7 @@ def test_a_step_of_time_has_one_product(cell, num_layers):
 
 
 def test_many_tokens_fold_a_large_vocabulary(monkeypatch):
-  monkeypatch.setattr(recurrent, "MAX_TABLE_ROWS", 4)
+  monkeypatch.setattr(inputs, "MAX_TABLE_ROWS", 4)
   model, params = build(FOLDED)
   atol = 7 * ATOL[jnp.float32] * np.sqrt(5 + 6 + 6)
   for length, table in ((7, True), (5, False)):  # 14 tokens, then 10.
@@ -303,7 +303,7 @@ def test_chunks_that_hand_on_the_carry_are_one_sequence(cell, options):
   )
 
 
-def population_of(params, rank):
+def members_of(params, rank):
   """Two perturbed copies of the parameters."""
   rng = np.random.default_rng(rank)
 
@@ -344,14 +344,14 @@ def test_perturbed_parameters_are_their_materialised_selves(
     carry = model.initial_carry(params, 2)
     return model.apply(params, carry, jnp.asarray(tokens))[1]
 
-  population = population_of(params, rank)
-  assert isinstance(population[0]["r"], perturbed.Perturbed)
+  members = members_of(params, rank)
+  assert isinstance(members[0]["r"], perturbed.Perturbed)
   together = jax.jit(jax.vmap(logits))(
-    jax.tree.map(lambda *leaves: jnp.stack(leaves), *population)
+    jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
   )
   residual = options.get("residual", False)
   layers = options.get("num_layers", 1)
-  for member, got in zip(population, together, strict=True):
+  for member, got in zip(members, together, strict=True):
     plain = perturbed.materialize(member)
     expected, _ = equations(plain, tokens, cell, residual)
     # As above, and one more rounding where `plain` is formed.
@@ -364,16 +364,23 @@ def test_only_biases_and_initial_states_are_formed(cell, monkeypatch):
   model, params = build(
     cell=cell, num_layers=2, initial_state="trainable", **BOTH
   )
-  formed, dense = [], perturbed._dense
+  formed, dense, array = [], perturbed._dense, population.array
   monkeypatch.setattr(
     perturbed, "_dense", lambda w: formed.append(w.shape) or dense(w)
   )
+
+  def spy(layout, leaf, axes):
+    if perturbed.is_perturbed(leaf):
+      formed.append(leaf.shape)
+    return array(layout, leaf, axes)
+
+  monkeypatch.setattr(population, "array", spy)
 
   def logits(params):
     carry = model.initial_carry(params, 2)
     return model.apply(params, carry, jnp.zeros((2, 4), int))[1]
 
-  jax.eval_shape(logits, population_of(params, 1)[0])
+  jax.eval_shape(logits, members_of(params, 1)[0])
   vectors = ("b", "b_1", "states0", "states0_1")
   assert sorted(formed) == sorted(params[name].shape for name in vectors)
 

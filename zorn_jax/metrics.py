@@ -32,6 +32,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def score(model: Model, params, carry, chunk: Any):
+  """The state after a chunk, its losses [B, C] and what was predicted right."""
+  if model.score:
+    return model.score(params, carry, chunk.inputs, chunk.targets)
+  carry, logits = model.apply(params, carry, chunk.inputs)
+  losses = cross_entropy(logits, chunk.targets)
+  return carry, losses, logits.argmax(-1) == chunk.targets
+
+
 def stream(
   model: Model,
   task: Task,
@@ -69,9 +78,7 @@ def stream(
         lambda x: jnp.where(ends, jax.lax.stop_gradient(x), x), carry
       )
     chunk = task.chunk(data, batch, first_chunk + index)
-    carry, logits = model.apply(params, carry, chunk.inputs)
-    losses = cross_entropy(logits, chunk.targets)
-    correct = logits.argmax(-1) == chunk.targets
+    carry, losses, correct = score(model, params, carry, chunk)
     new = Sums(losses, correct, jnp.ones_like(losses))
     add = lambda total, x: total + jnp.sum(x * chunk.weights, axis=-1)
     return carry, jax.tree.map(add, sums, new)

@@ -7,6 +7,8 @@ Code that needs the plain array calls :func:`materialize`.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +54,65 @@ class Perturbed:
     return _dense(self)
 
 
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["value", "keys", "scales"],
+  meta_fields=["draw"],
+)
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+  r"""The array :math:`W + \sum_i s_i z_i`, formed a block at a time.
+
+  Attributes:
+    value: The unperturbed array W.
+    keys: Keys of its directions z_i, [r].
+    scales: Their multiples s_i, float32 [r].
+    draw: (key, shape, window) -> a block of z, as
+      :data:`zorn_jax.directions.Draw` has it.
+  """
+
+  value: jax.Array
+  keys: types.Key
+  scales: jax.Array
+  draw: Callable[..., jax.Array]
+
+  @property
+  def shape(self):
+    return self.value.shape
+
+  @property
+  def ndim(self):
+    return self.value.ndim
+
+  @property
+  def dtype(self):
+    return self.value.dtype
+
+  def __jax_array__(self):
+    return _formed(self)
+
+
 def _dense(w: Perturbed) -> jax.Array:
   delta = jnp.einsum("...rm,...rk->...mk", w.left, w.right)
   return (w.value + w.scale * delta).astype(w.dtype)
+
+
+def _formed(w: Deferred, window=None) -> jax.Array:
+  """The block of W + Σ s z that the window names, rounded once."""
+  starts, sizes = window or ((0,) * w.ndim, w.shape)
+  block = w.value
+  if window:
+    block = jax.lax.dynamic_slice(w.value, starts, sizes)
+  wide = block.astype(jnp.promote_types(w.dtype, jnp.float32))
+  for index in range(len(w.scales)):
+    z = w.draw(w.keys[index], w.shape, (starts, sizes))
+    wide = wide + w.scales[index] * z
+  return wide.astype(w.dtype)
+
+
+def is_deferred(leaf) -> bool:
+  """Whether a leaf is :class:`Deferred`."""
+  return isinstance(leaf, Deferred)
 
 
 def is_perturbed(leaf) -> bool:
@@ -62,11 +120,48 @@ def is_perturbed(leaf) -> bool:
   return isinstance(leaf, Perturbed)
 
 
+def is_any(leaf) -> bool:
+  """Whether a leaf is :class:`Perturbed` or :class:`Deferred`."""
+  return isinstance(leaf, (Perturbed, Deferred))
+
+
 def materialize(tree: types.PyTree) -> types.PyTree:
-  """Replaces every :class:`Perturbed` leaf of `tree` by its plain array."""
-  return jax.tree.map(
-    lambda x: _dense(x) if is_perturbed(x) else x, tree, is_leaf=is_perturbed
-  )
+  """Replaces every perturbed leaf of `tree` by its plain array."""
+
+  def form(leaf):
+    if is_deferred(leaf):
+      return _formed(leaf)
+    return _dense(leaf) if is_perturbed(leaf) else leaf
+
+  return jax.tree.map(form, tree, is_leaf=is_any)
+
+
+def cut(w, axis: int, start, size: int):
+  """A part of a matrix; what is deferred is formed.
+
+  Args:
+    w: [..., m, k], an array, Perturbed or Deferred; perhaps with further axes
+      of its factors in front.
+    axis: Which axis of the matrix, counted from its end: negative.
+    start: Index of the first of the part; may be traced.
+    size: How many there are.
+  """
+  if is_deferred(w):
+    starts, sizes = [0] * w.ndim, list(w.shape)
+    starts[axis], sizes[axis] = start, size
+    return _formed(w, (tuple(starts), tuple(sizes)))
+  part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
+  if not is_perturbed(w):
+    return part(w)
+  at_end = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 1)
+  left, right = w.left, w.right
+  if axis < -2:
+    left, right = part(left), part(right)
+  elif axis == -2:
+    left = at_end(left)
+  else:
+    right = at_end(right)
+  return Perturbed(part(w.value), left, right, w.scale)
 
 
 def _sum_last(x: jax.Array) -> jax.Array:
@@ -100,6 +195,7 @@ def matmul(x, w):
     [..., B, k], accumulated in float32 or wider. Perturbed (of the summed
     rank) when `x` is Perturbed, otherwise an array.
   """
+  x, w = (_formed(y) if is_deferred(y) else y for y in (x, w))
   if is_perturbed(x):
     return _matmul_perturbed(x, w)
   if not is_perturbed(w):
@@ -144,6 +240,8 @@ def take(w, indices: jax.Array) -> jax.Array:
   Raises:
     ValueError: If `w` is Perturbed and not a matrix.
   """
+  if is_deferred(w):
+    w = _formed(w)
   if not is_perturbed(w):
     return jnp.take(w, indices, axis=0, mode="clip")
   if w.ndim != 2:

@@ -120,7 +120,13 @@ def shard_heads(module: nn.Module, mesh: Mesh) -> Model:
     )
     return (carry[0], states), logits
 
-  return whole._replace(initial_carry=initial_carry, apply=apply, specs=specs)
+  return whole._replace(
+    initial_carry=initial_carry,
+    apply=apply,
+    specs=specs,
+    score=None,  # The logits of all heads have to meet.
+    deferred=False,
+  )
 
 
 class _Part(Recurrent):
@@ -133,7 +139,7 @@ class _Part(Recurrent):
     return self.hidden_size * self.shards
 
   def _gather(self, x):
-    return jax.lax.all_gather(x, AXIS, axis=-1, tiled=True)
+    return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
 
   def _sum(self, logits):
     return jax.lax.psum(logits, AXIS)

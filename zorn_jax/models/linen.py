@@ -10,7 +10,8 @@ def from_linen(module: nn.Module) -> Model:
   """Wraps a Linen module with `initial_carry` and `__call__(carry, tokens)`.
 
   Its attributes `READOUT` and `DECAYED`, where it has them, name its last layer
-  and its matrices.
+  and its matrices; so does `score` compare with targets, and `DEFERRED` says
+  that it forms parameters itself.
   """
 
   def init(key):
@@ -25,10 +26,17 @@ def from_linen(module: nn.Module) -> Model:
   def apply(params, carry, tokens):
     return module.apply({"params": params}, carry, tokens)
 
+  def score(params, carry, tokens, targets):
+    return module.apply(
+      {"params": params}, carry, tokens, targets, method="score"
+    )
+
   return Model(
     init,
     initial_carry,
     apply,
     getattr(module, "READOUT", ()),
     getattr(module, "DECAYED", ()),
+    score=score if hasattr(module, "score") else None,
+    deferred=getattr(module, "DEFERRED", False),
   )

@@ -12,16 +12,14 @@ layer of `lstm` is the model of arXiv:2505.17852.
 """
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from zorn_jax import perturbed
-from zorn_jax.models import cells
-
-# Below this vocabulary size, embedding and input projection become one table.
-MAX_TABLE_ROWS = 512
+from zorn_jax.models import cells, inputs, population, readout
 
 _READOUT_SCALES = ("hidden", "head")
 _INITIAL_STATES = ("zeros", "trainable")
@@ -126,6 +124,8 @@ class Recurrent(nn.Module):
           "it to False, or choose more layers."
         )
 
+  DEFERRED: ClassVar = True
+
   @property
   def READOUT(self) -> tuple[str, ...]:  # noqa: N802 (what `from_linen` reads)
     return ("w_proj", "b_proj")
@@ -221,58 +221,243 @@ class Recurrent(nn.Module):
     Returns:
       The states after the chunk, and logits [B, C, V] in float32.
     """
-    batch, length = tokens.shape
-    first, *others = self.layers
-    if self.vocab_size <= max(batch * length, MAX_TABLE_ROWS):
-      table = perturbed.matmul(self.embed, first["w_in"])
-      project = lambda token: perturbed.take(table, token)
-    else:
-      project = lambda token: perturbed.matmul(
-        perturbed.take(self.embed, token), first["w_in"]
-      )
-    count = len(self._cell.states)
-    after, x = self._scan(first, carry[:count], tokens.T, project)
-    for index, layer in enumerate(others, 1):
-      y = self._gather(x)
-      y = _normalize(layer, y) if self.layer_norm else y
-      y = perturbed.matmul(y.astype(self.dtype), layer["w_in"])
-      state = carry[index * count : (index + 1) * count]
-      state, h = self._scan(layer, state, y, lambda row: row)
-      after += state
-      x = x + h if self.residual else h
+    layout, params = population.trail(len(tokens)), self._params()
+    args = (params, carry, tokens)
+    after, x = self._outputs(layout, *map(population.alone, args), *args)
+    x = layout.restore(x, batch=1)  # [C, B, H]
     logits = perturbed.matmul(x.astype(self.dtype), self.w_proj.mT)
     logits = self._sum(logits) + perturbed.materialize(self.b_proj)[None, None]
     return after, logits.swapaxes(0, 1)
 
+  def score(self, carry, tokens: jax.Array, targets: jax.Array):
+    """Runs one chunk of time and compares its logits with targets.
+
+    All members of a population, the axes of a `vmap` over perturbed parameters,
+    share the products with what is unperturbed. Deferred parameters are formed
+    for a few heads, and the states of these heads run through the whole chunk.
+
+    Args:
+      carry: The states before the chunk.
+      tokens: Integers [B, C].
+      targets: Integers [B, C].
+    Returns:
+      The states after the chunk; cross-entropies [B, C] in nats, float32; and
+      whether the target had the largest logit, [B, C].
+    """
+    args = (self._params(), carry, tokens, targets)
+
+    def plain(*args):
+      return self._score((), *map(population.alone, args), *args)
+
+    def together(sizes, axes, *args):
+      if not _shared(args[0], axes[0]):
+        return population.one_by_one(plain, sizes, axes, *args)
+      return self._score(sizes, *axes, *args)
+
+    if not _is_perturbed(args[0]):
+      return plain(*args)
+    return population.mapped(plain, together, *args)
+
+  def _params(self):
+    return {
+      "embed": self.embed,
+      "layers": self.layers,
+      "w_proj": self.w_proj,
+      "b_proj": self.b_proj,
+    }
+
+  def _score(self, sizes, axes, carry_axes, token_axes, target_axes, *args):
+    params, carry, tokens, targets = args
+    layout = population.trail(tokens.shape[-2], sizes)
+    given = (layout, axes, carry_axes, token_axes, params, carry, tokens)
+    targets = layout.place(targets, target_axes, batch=0)
+    bias = population.array(layout, params["b_proj"], axes["b_proj"])
+    weights = (params["w_proj"], axes["w_proj"])
+    few = self.num_layers == 1 and self.vocab_size <= self.hidden_size
+    if few and _is_perturbed(params):
+      after, logits = self._logits(*given)
+      compared = readout.compare(logits + bias[None], targets)
+    else:
+      after, x = self._outputs(*given)
+      x = x.astype(self.dtype)
+      compared = readout.compare_blocks(layout, x, *weights, bias, targets)
+    return after, *(layout.restore(x, batch=0) for x in compared)
+
+  def _outputs(self, layout, axes, carry_axes, token_axes, params, *args):
+    """The states after a chunk, and outputs [C, H, trail...] in float32."""
+    carry, tokens = args
+    feed = inputs.of_tokens(
+      layout, params["embed"], axes["embed"], tokens, token_axes
+    )
+    count, after, x = len(self._cell.states), [], jnp.zeros(())
+    for index, layer in enumerate(params["layers"]):
+      where = axes["layers"][index]
+      if index:
+        y = self._gather(x)
+        y = _normalize(layout, layer, where, y) if self.layer_norm else y
+        feed = inputs.of_outputs(layout, y.astype(self.dtype))
+      part = slice(index * count, (index + 1) * count)
+      states, h = self._layer(
+        layout, where, layer, carry_axes[part], carry[part], feed
+      )
+      after += states
+      x = x + h if self.residual and index else h
+    return tuple(after), x
+
+  def _logits(self, layout, axes, carry_axes, token_axes, params, *args):
+    """The states after a chunk, and logits [C, V, trail...] without bias."""
+    carry, tokens = args
+    feed = inputs.of_tokens(
+      layout, params["embed"], axes["embed"], tokens, token_axes
+    )
+    w_proj = (params["w_proj"], axes["w_proj"])
+    after, logits = self._layer(
+      layout,
+      axes["layers"][0],
+      params["layers"][0],
+      carry_axes,
+      carry,
+      feed,
+      w_proj,
+    )
+    return tuple(after), logits
+
+  def _layer(self, layout, axes, layer, state_axes, states, feed, w_proj=None):
+    """One layer over a chunk of time, some of its heads after the other.
+
+    Returns the states after it, and outputs [C, H, trail...] in float32 or,
+    with a readout, the logits [C, V, trail...] that they sum up to.
+    """
+    heads, head = self.num_heads, self.head_size
+    gates = len(self._cell.gates)
+    states = tuple(
+      layout.place(state, at, batch=0)  # [N, D, trail...]
+      for state, at in zip(states, state_axes, strict=True)
+    )
+    states = tuple(
+      jnp.broadcast_to(x, x.shape[:2] + layout.shape) for x in states
+    )
+    size = _heads_at_once(layer["r"], heads, gates * head, layout)
+    total = readout.zeros(layout, feed.length, w_proj) if w_proj else None
+
+    def some(total, given):
+      index, states = given
+      width = size * head
+
+      def cut(leaf, axis, unit):
+        if size == heads:
+          return leaf
+        return perturbed.cut(leaf, axis, index * unit, unit)
+
+      parts = {
+        "w_in": cut(layer["w_in"], -1, gates * width),
+        "r": cut(layer["r"], -3, size),
+        "b": cut(layer["b"], -2, size),
+      }
+      fetch = feed.through(parts["w_in"], axes["w_in"], (size, gates, head))
+      if w_proj:
+        leaf = cut(w_proj[0], -1, width)
+        add = readout.adder(layout, leaf, w_proj[1])
+      else:
+        add = None
+      states, total, h = self._run(
+        layout, parts, axes, states, fetch, feed.length, add, total
+      )
+      return total, (states, h)
+
+    if size == heads:
+      total, (states, h) = some(total, (0, states))
+    else:
+      split = lambda x: x.reshape(heads // size, size, *x.shape[1:])
+      given = (jnp.arange(heads // size), jax.tree.map(split, states))
+      total, (states, h) = jax.lax.scan(some, total, given)
+      join = lambda x: x.reshape(heads, *x.shape[2:])
+      states = jax.tree.map(join, states)
+      if h is not None:
+        h = h.swapaxes(0, 1)  # [C, blocks, ...]
+    after = [layout.restore(state, batch=0) for state in states]
+    if w_proj:
+      return after, readout.logits(layout, *w_proj, total)
+    return after, h.reshape(feed.length, heads * head, *layout.shape)
+
+  def _run(self, layout, parts, axes, states, fetch, length, add, total):
+    """Some heads over time: states, what `add` made, or outputs."""
+    cell = self._cell
+    gates = len(cell.gates)
+    r = population.matrix(layout, parts["r"], axes["r"])
+    by_head = lambda x: None if x is None else x.swapaxes(0, 1)
+    value, left, right = (by_head(x) for x in r)
+    merged = value.reshape(len(value), -1, value.shape[-1])
+    b = population.array(layout, parts["b"], axes["b"]).swapaxes(0, 1)
+    b, second = b[:, :gates], b[:, gates:]
+    if cell.recurrent_bias:
+      padding = [(0, 0), (gates - 1, 0)] + [(0, 0)] * (b.ndim - 2)
+      second = jnp.pad(second, padding)
+
+    def step(carry, t):
+      states, x, total = carry
+      h = states[0].astype(self.dtype)  # [N, D, trail...]
+      y = population.multiply(layout, merged, h)
+      y = y.reshape(*value.shape[:3], *y.shape[2:])  # [N, G, D, trail...]
+      if left is not None:
+        mixed = population.inner(layout, right, h[:, None, None])
+        y = population.correct(layout, y, left, mixed)
+      if cell.recurrent_bias:
+        y = y + second
+      states = cell.step(fetch.sum(x) + b, y, states)
+      total = add(total, t, states[0].astype(self.dtype)) if add else total
+      # Read here, so that the next step finds it in memory: XLA would not
+      # vectorise what reads a part of another array.
+      x = fetch.at(jnp.minimum(t + 1, length - 1))
+      return (states, x, total), None if add else states[0]
+
+    carry = (states, fetch.at(0), total)
+    (states, _, total), h = jax.lax.scan(step, carry, jnp.arange(length))
+    return states, total, h
+
   def _gather(self, x):
-    """What the next layer reads [C, B, H], of the outputs of these heads."""
+    """What the next layer reads [C, H, trail...], of these heads' outputs."""
     return x
 
   def _sum(self, logits):
     """The logits, of those of these heads."""
     return logits
 
-  def _scan(self, layer, state, xs, project):
-    """One layer over time: the last state, and outputs [C, B, H] in float32."""
-    cell, heads, head = self._cell, self.num_heads, self.head_size
-    batch, gates = len(state[0]), len(cell.gates)
-    b = perturbed.materialize(layer["b"])
-    b, second = b[:gates][None], b[gates:]
-    if cell.recurrent_bias:
-      second = jnp.pad(second, ((gates - 1, 0), (0, 0), (0, 0)))[None]
-    recurrent = layer["r"].mT  # [G, N, D in, D out]
 
-    def step(state, x):
-      x = project(x).reshape(batch, heads, gates, head).swapaxes(1, 2) + b
-      rows = state[0].astype(self.dtype)[:, None, :, None]  # [B, 1, N, 1, D]
-      y = perturbed.matmul(rows, recurrent)[..., 0, :]  # [B, G, N, D]
-      if cell.recurrent_bias:
-        y = y + second
-      state = cell.step(x, y, state)
-      return state, state[0]
+# Bytes of gates, or of recurrent weights, that some heads may have at once: a
+# share of the cache of one core.
+_BLOCK_BYTES = 2**21
 
-    state, h = jax.lax.scan(step, state, xs)
-    return state, h.reshape(len(xs), batch, self.hidden_size)
+
+def _heads_at_once(r, num_heads, width, layout):
+  """How many heads run through time together; a divisor of all."""
+  if not perturbed.is_any(r):
+    return num_heads
+  columns = max(math.prod(layout.shape), r.shape[-1])
+  most = max(1, _BLOCK_BYTES // (4 * width * columns))
+  return max(
+    k for k in range(1, num_heads + 1) if num_heads % k == 0 and k <= most
+  )
+
+
+def _is_perturbed(params) -> bool:
+  leaves = jax.tree.leaves(params, is_leaf=perturbed.is_any)
+  return any(map(perturbed.is_any, leaves))
+
+
+def _shared(params, axes) -> bool:
+  """Whether all members have the matrices in common, apart from factors."""
+  matrices = [params["embed"], params["w_proj"]]
+  where = [axes["embed"], axes["w_proj"]]
+  for layer, at in zip(params["layers"], axes["layers"], strict=True):
+    matrices += [layer["w_in"], layer["r"]]
+    where += [at["w_in"], at["r"]]
+  for leaf, at in zip(matrices, where, strict=True):
+    if perturbed.is_deferred(leaf):
+      return False
+    if at.value if perturbed.is_perturbed(leaf) else at:
+      return False
+  return True
 
 
 def name_of(stem: str, index: int) -> str:
@@ -280,8 +465,11 @@ def name_of(stem: str, index: int) -> str:
   return f"{stem}_{index}" if index else stem
 
 
-def _normalize(layer, x):
-  """Each row of x [C, B, H] standardised, scaled and shifted."""
-  scale, bias = perturbed.materialize((layer["norm_scale"], layer["norm_bias"]))
-  x = jax.nn.standardize(x, algorithm="stable")
-  return x * scale[None, None] + bias[None, None]
+def _normalize(layout, layer, axes, x):
+  """Each column of x [C, H, trail...] standardised, scaled and shifted."""
+  scale, bias = (
+    population.array(layout, layer[name], axes[name])
+    for name in ("norm_scale", "norm_bias")
+  )
+  x = jax.nn.standardize(x, axis=1, algorithm="stable")
+  return x * scale[None] + bias[None]

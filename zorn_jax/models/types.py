@@ -12,10 +12,11 @@ from zorn_jax import types
 InitFn = Callable[[types.Key], types.Params]
 CarryFn = Callable[[types.Params, int], Any]
 ApplyFn = Callable[[types.Params, Any, jax.Array], tuple[Any, jax.Array]]
+ScoreFn = Callable[..., tuple[Any, jax.Array, jax.Array]]
 
 
 class Model(NamedTuple):
-  """A language model that streams, as three pure functions.
+  """A language model that streams, as pure functions.
 
   Attributes:
     init: (key) -> params.
@@ -26,6 +27,11 @@ class Model(NamedTuple):
     readout: Names of the parameters of the last linear layer, on which no state
       depends, at the top level of a dict; empty where there is none.
     decayed: Names of the top-level parameters that weight decay shrinks.
+    score: (params, carry, tokens [B, C], targets [B, C]) -> (carry, the
+      cross-entropies [B, C] in nats, whether the target was the likeliest
+      [B, C]), without the logits in one array; None for what the logits say.
+    deferred: Whether `score` takes :class:`zorn_jax.perturbed.Deferred`
+      parameters and forms a block of them at a time.
     specs: How top-level parameters are split over the axes of a mesh, for those
       that are not on every device.
   """
@@ -36,3 +42,5 @@ class Model(NamedTuple):
   readout: tuple[str, ...] = ()
   decayed: tuple[str, ...] = ()
   specs: Mapping[str, PartitionSpec] = FrozenDict()
+  score: ScoreFn | None = None
+  deferred: bool = False
