@@ -63,7 +63,7 @@ def get_config():
   config.estimator.name = "central_difference"
   config.estimator.shaping = "std"
   config.estimator.batch_per_probe = True
-  config.estimator.probe_batch = 0  # Probes at once; 0 for all of them.
+  config.estimator.probe_batch = 0  # Probes at once; 0 for what fits.
   config.estimator.direction = ml_collections.ConfigDict()
   config.estimator.direction.name = "low_rank"
   config.estimator.direction.rank = 1

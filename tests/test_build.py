@@ -3,9 +3,10 @@
 import pytest
 import small
 
-from zorn_jax import build
+from zorn_jax import build, directions
 
 SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
+PAPER = small.ROOT / "configs" / "paper" / "lstm.py"
 
 
 @pytest.mark.parametrize(
@@ -160,3 +161,53 @@ def test_groups_of_probes_can_be_filtered():
       aggregator={"name": "gaf", "threshold": 1.0, "groups": 4},
     )
   )
+
+
+@pytest.mark.parametrize(
+  ("path", "variant", "changes", "deferred"),
+  [
+    (PAPER, "tiny", {}, True),
+    (PAPER, "tiny", {"estimator.name": "spsa2"}, True),
+    (PAPER, "tiny", {"estimator.adaptive": 0.9}, False),
+    (PAPER, "tiny", {"estimator.direction.norm": "l2"}, False),
+    (SHAKESPEARE, "recipe", {}, False),  # Of low rank.
+    (
+      SHAKESPEARE,
+      "nres",
+      {"estimator.direction": {"name": "rademacher"}},
+      True,
+    ),
+    (
+      SHAKESPEARE,
+      "recipe",
+      {
+        "estimator.name": "forward_gradient",
+        "estimator.direction": {"name": "rademacher"},
+        "epsilon": 0.0,
+      },
+      False,
+    ),
+  ],
+)
+def test_directions_are_deferred_where_nothing_else_forms_them(
+  path, variant, changes, deferred, monkeypatch
+):
+  config = small.config(path, variant)
+  with config.unlocked():
+    for name, value in changes.items():
+      *groups, field = name.split(".")
+      group = config
+      for part in groups:
+        group = group[part]
+      group[field] = value
+  model, seen = build._model, []
+  for knows in (True, False):
+    taking = lambda *args, knows=knows: model(*args)._replace(deferred=knows)
+    monkeypatch.setattr(build, "_model", taking)
+    spy = lambda deferred=False: (
+      seen.append(deferred) or directions.rademacher(deferred)
+    )
+    monkeypatch.setitem(build._DIRECTIONS, "rademacher", spy)
+    build.experiment(config)
+  assert seen == ([deferred, False] if seen else [])
+  assert bool(seen) == (config.estimator.direction.name == "rademacher")

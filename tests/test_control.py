@@ -406,7 +406,7 @@ def test_short_sequences_take_fewer_chunks():
     return experiment.model.apply(params, carry, tokens)
 
   method = methods.zero_order(
-    experiment.model._replace(apply=apply),
+    experiment.model._replace(apply=apply, score=None),
     experiment.task,
     lambda epsilon: zorn_jax.central_difference(epsilon, 1),
     num_probes=1,

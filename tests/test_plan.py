@@ -11,7 +11,15 @@ import small
 from devices import collective_bytes
 
 from zorn_jax import build
-from zorn_jax.plan import DEVICES, LINKS, Transfer, cost, plan, seconds
+from zorn_jax.plan import (
+  DEVICES,
+  LINKS,
+  Transfer,
+  cost,
+  memory,
+  plan,
+  seconds,
+)
 from zorn_jax.step import programs
 
 DNC = small.ROOT / "configs" / "paper" / "dnc.py"
@@ -188,19 +196,46 @@ def test_a_device_has_its_part_of_the_passes_and_of_the_model():
   assert one["parameters"] == eight["parameters"]
   assert eight["mesh"] == {"probe": 8, "data": 1, "head": 1}
   whole, half = (
-    planned(
-      8,
-      LSTM,
-      "medium",
-      mesh__probe=1,
-      mesh__head=heads,
-      batch_size=4,
-      estimator__direction=LOW_RANK,
+    memory(
+      build.experiment(
+        small.config(LSTM, "medium", batch_size=4, mesh__head=heads)
+      )
     )
     for heads in (1, 2)
   )
-  saved = whole["peak_bytes_estimate"] - half["peak_bytes_estimate"]
+  saved = whole.held - half.held
   assert math.isclose(saved, 4 * COUNTS["medium"] / 2, rel_tol=0.01)
+
+
+def test_memory_of_an_update_in_place_and_of_a_loop_s_carry():
+  x, row = jnp.ones((64, 1024)), jnp.ones((1, 1024))
+  step = lambda i, x: jax.lax.dynamic_update_slice_in_dim(
+    x, 2 * jax.lax.dynamic_slice_in_dim(x, i, 1) + row, i, 0
+  )
+  loop = jax.make_jaxpr(lambda x: jax.lax.fori_loop(0, 64, step, x))(x).jaxpr
+  assert cost(loop, in_place=True).peak_bytes < x.nbytes / 2
+  # What is not given away has to be copied, once.
+  assert x.nbytes <= cost(loop).peak_bytes < 1.5 * x.nbytes
+  # So does what is still read behind.
+  late = jax.make_jaxpr(lambda x: (step(0, x), jnp.sin(x).sum()))(x).jaxpr
+  assert cost(late).peak_bytes >= x.nbytes
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_memory_of_the_update_is_near_the_compilers(optimizer):
+  options = {"name": "sgd", "momentum": 0.0}
+  if optimizer == "adam":
+    options = {"name": "adam", "b1": 0.9, "b2": 0.99}
+  options |= {"schedule": "constant", "warmup_steps": 0}
+  config = small.config(
+    LSTM, "small", batch_size=2, num_probes=16, optimizer=options
+  )
+  experiment = build.experiment(config)
+  parts = programs(experiment)
+  losses = jax.ShapeDtypeStruct((16, 2), jnp.float32)
+  actual = parts.update.lower(parts.template, losses, ()).compile()
+  temporary = actual.memory_analysis().temp_size_in_bytes
+  assert temporary / 2 < memory(experiment).update < 2 * temporary
 
 
 def test_expected_times_are_monotone():

@@ -245,7 +245,12 @@ def command():
 
 
 CONFIG = small.config(
-  steps=23, num_probes=16, log_every=3, evaluate_every=4, checkpoint_every=5
+  steps=23,
+  num_probes=16,
+  log_every=3,
+  evaluate_every=4,
+  checkpoint_every=5,
+  estimator__probe_batch=2,  # The same on every number of devices.
 )
 CONFIG.optimizer.warmup_steps = 3
 

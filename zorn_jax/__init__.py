@@ -24,6 +24,7 @@ from zorn_jax.estimators import (
   spsa1_5,
   spsa2,
 )
+from zorn_jax.in_place import update_in_place
 from zorn_jax.perturbed import Perturbed, materialize, matmul, take
 from zorn_jax.probe_map import ProbeMap, sequential
 
@@ -54,4 +55,5 @@ __all__ = [
   "spsa2",
   "take",
   "uniform",
+  "update_in_place",
 ]

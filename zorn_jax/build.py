@@ -23,6 +23,7 @@ from zorn_jax import (
   search,
   tasks,
 )
+from zorn_jax.probe_batch import Batching
 from zorn_jax.step import Experiment
 from zorn_jax.workdir import CONFIG_NAME
 
@@ -33,6 +34,17 @@ _DIRECTIONS = {
   "low_rank": directions.low_rank,
   "sparse": directions.sparse,
 }
+_DENSE = ("rademacher", "normal", "uniform", "sparse")
+# They hand a direction to nothing but the model.
+_DEFERRING = (
+  "bandit_spsa",
+  "central_difference",
+  "forward_difference",
+  "noise_reuse_es",
+  "persistent_es",
+  "spsa1_5",
+  "spsa2",
+)
 _EPSILON_SCHEDULES = ("constant", "learning_rate")
 _POSITIVE = (
   "steps",
@@ -72,6 +84,38 @@ def experiment(
     raise ValueError(
       f"the config lacks a field: {error}. Start from a file in configs/."
     ) from error
+
+
+def batching(
+  config: ml_collections.ConfigDict, experiment: Experiment
+) -> Batching | None:
+  """How many probes run at once, and the experiment with another number.
+
+  Args:
+    config: That of the experiment; where its `estimator.probe_batch` is 0, all
+      probes of a device run at once until a number is chosen.
+    experiment: What :func:`experiment` made of it.
+  Returns:
+    None for a method without probes.
+  """
+  if "probe_batch" not in config.estimator:
+    return None
+  mesh = experiment.layout.mesh
+
+  def rebuild(probe_batch):
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.estimator.probe_batch = probe_batch
+    method = _method(
+      changed, experiment.model, experiment.task, experiment.layout
+    )
+    return experiment._replace(method=method)
+
+  return Batching(
+    wanted=config.estimator.probe_batch,
+    most=config.num_probes // mesh.shape["probe"],
+    devices=min(mesh.size, jax.local_device_count()),
+    rebuild=rebuild,
+  )
 
 
 def load(workdir: pathlib.Path) -> Experiment:
@@ -126,6 +170,7 @@ def _experiment(config, layout):
     task=task,
     method=_method(config, model, task, layout),
     optimizer=_optimizer(config, model, factor),
+    elementwise=_elementwise(config),
     watch=_watch(config)._replace(curriculum=_curriculum(config, task)),
     search=_search(config),
     num_probes=config.num_probes,
@@ -247,7 +292,8 @@ def _zero_order(name, config, model, task, layout, options):
       f"{parts} devices cannot share {config.batch_size} rows evenly. Set "
       f"batch_size to a multiple of {parts}, or mesh.data to a divisor of it."
     )
-  direction, options = _common(config, layout, options)
+  deferred = model.deferred and name in _DEFERRING and not adaptive
+  direction, options = _common(config, layout, options, deferred)
   batch_per_probe = options.get("batch_per_probe", False)
   takes_epsilon = bool(config.epsilon)
 
@@ -287,7 +333,8 @@ def _streaming(name, config, model, task, layout, options):
         f"{name} carries the states of whole models and batches, got "
         f"mesh.{axis}={layout.mesh.shape[axis]}. Set it to 1."
       )
-  direction, options = _common(config, layout, options)
+  deferred = model.deferred and name in _DEFERRING
+  direction, options = _common(config, layout, options, deferred)
   options["direction"] = direction
   unrolls = options["unrolls"]
   _check_positive("estimator.unrolls", unrolls)
@@ -310,10 +357,12 @@ def _bptt(config, model, task, layout, options):
   return _call(makers, "estimator", "bptt", options)
 
 
-def _common(config, layout, options):
+def _common(config, layout, options, deferred):
   """The direction, and the options with values for what names stand for."""
   direction = dict(options.pop("direction"))
   norm = direction.pop("norm", "none")
+  if deferred and norm == "none" and direction["name"] in _DENSE:
+    direction["deferred"] = True
   made = _call(
     _DIRECTIONS, "estimator.direction", direction.pop("name"), direction
   )
@@ -323,7 +372,7 @@ def _common(config, layout, options):
     aggregator = dict(options.pop("aggregator"))
     groups = aggregator.pop("groups")
     made = directions.grouped(made, _aggregator(aggregator), groups)
-  # 0 stands for all probes at once.
+  # Until a number is chosen, 0 stands for all probes at once.
   options["probe_map"] = probe_map.sharded(
     layout.mesh, options.pop("probe_batch") or None
   )
@@ -365,6 +414,14 @@ def _optimizer(config, model, factor):
   rate = config.learning_rate
   chain.append(optax.scale_by_learning_rate(lambda step: rate * factor(step)))
   return optax.chain(*chain)
+
+
+def _elementwise(config):
+  """Whether what becomes of a parameter depends on its own gradient alone."""
+  options = config.optimizer
+  return not options.get("clip", 0.0) and (
+    options.get("normalize", "none") == "none"
+  )
 
 
 def _momentum(momentum):

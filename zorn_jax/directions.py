@@ -6,19 +6,31 @@ parameters, adds it to them, and sums many of them. Nothing is ever stored:
 of its probe's key. Every leaf folds its index into that key.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
 
 from zorn_jax import aggregators, perturbed, probe_map as probe_maps, types
+from zorn_jax.tiles import BlockFn, Window
 
-# (key, shape) -> float32 array.
-Draw = Callable[[types.Key, tuple[int, ...]], jax.Array]
+# (key, shape, window=None) -> float32 array: the block of the array of `shape`
+# that the window, (starts, sizes) or a `Window`, names; all of it without one.
+# Every element is the same, to the bit, in every window.
+Draw = Callable[..., jax.Array]
 SampleFn = Callable[[types.Key, types.Params], Any]
 PerturbFn = Callable[[types.Params, Any, Any], types.Params]
 CombineFn = Callable[..., types.Grads]
+BlocksFn = Callable[..., types.PyTree]
+
+# Directions that are added at once, so that the sum passes through memory less
+# often. With small sums this saves less than it takes to compile.
+_AT_ONCE = (4, 3, 2, 1)
+_SMALL = 2**14
 
 
 class Direction(NamedTuple):
@@ -31,11 +43,15 @@ class Direction(NamedTuple):
       :class:`zorn_jax.perturbed.Perturbed`.
     combine: (keys [n], coefficients [n], params, probe_map) -> the sum of
       coefficients[i] z_i, with the shapes and dtypes of `params`.
+    blocks: The same arguments -> the same sum in parts: a tree of functions,
+      one for each leaf, (window) -> a float32 block of it. None where the sum
+      cannot be had in parts.
   """
 
   sample: SampleFn
   perturb: PerturbFn
   combine: CombineFn
+  blocks: BlocksFn | None = None
 
 
 class Factors(NamedTuple):
@@ -45,7 +61,61 @@ class Factors(NamedTuple):
   right: jax.Array  # [..., r, k]
 
 
-def signs(key: types.Key, shape: tuple[int, ...]) -> jax.Array:
+def _whole(window, shape) -> bool:
+  """Whether a window is known to be all of an array."""
+  if window is None:
+    return True
+  return tuple(window[1]) == tuple(shape) and all(
+    isinstance(start, int) for start in window[0]
+  )
+
+
+def _bits(key: types.Key, shape, window=None) -> jax.Array:
+  """A block of `jax.random.bits(key, shape)`, uint32.
+
+  Without the option `jax_threefry_partitionable`, which is on by default, bits
+  depend on the number of those that are drawn.
+  """
+  if _whole(window, shape):
+    return jax.random.bits(key, shape, jnp.uint32)
+  name = str(jax.random.key_impl(key))
+  if name != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+    raise ValueError(
+      "parts of a direction need keys of threefry2x32 and the option "
+      f"jax_threefry_partitionable, got a key of {name}. Make keys by "
+      "jax.random.key(seed), and leave both options as they are."
+    )
+  starts, sizes, *_ = window
+  # XLA would not vectorise over short rows.
+  high, low = (x.ravel() for x in _counters(shape, starts, sizes))
+  words = jax.random.key_data(key)
+  high, low = threefry2x32_p.bind(words[0], words[1], high, low)
+  return (high ^ low).reshape(sizes)
+
+
+def _counters(shape, starts, sizes):
+  """Both words of the flat indices of a block, uint32."""
+  high = low = jnp.zeros(sizes, jnp.uint32)
+  small = math.prod(shape) <= 2**32
+  for axis, start in enumerate(starts):
+    stride = np.uint32(math.prod(shape[axis + 1 :]))
+    place = jax.lax.broadcasted_iota(jnp.uint32, sizes, axis)
+    place = place + jnp.asarray(start).astype(jnp.uint32)
+    added = low + place * stride
+    if not small:
+      high = high + _high_word(place, stride) + (added < low)
+    low = added
+  return high, low
+
+
+def _high_word(x, y):
+  """The upper half of the product of two uint32."""
+  (x0, x1), (y0, y1) = ((z & 0xFFFF, z >> 16) for z in (x, y))
+  middle = (x0 * y0 >> 16) + (x0 * y1 & 0xFFFF) + (x1 * y0 & 0xFFFF)
+  return x1 * y1 + (x0 * y1 >> 16) + (x1 * y0 >> 16) + (middle >> 16)
+
+
+def signs(key: types.Key, shape: tuple[int, ...], window=None) -> jax.Array:
   """Draws ±1 with one random bit for each.
 
   Each block along the last axis is padded to whole 32-bit words, so that a
@@ -55,30 +125,61 @@ def signs(key: types.Key, shape: tuple[int, ...]) -> jax.Array:
 
   Args:
     key: A typed threefry key.
-    shape: Shape of the result.
+    shape: Shape of the whole.
+    window: The block that is wanted, (starts, sizes) or a
+      :class:`zorn_jax.tiles.Window`; None for all.
   Returns:
     float32 array of +1 and -1.
+  Raises:
+    ValueError: If the key is not one of threefry.
   """
   *leading, size = shape or (1,)
-  words = jax.random.bits(key, (*leading, -(-size // 32)), jnp.uint32)
+  stored = (*leading, -(-size // 32))
+  if _whole(window, shape):
+    return _signs_of(_bits(key, stored), size).reshape(shape)
+  starts, sizes, aligned = Window(*window)
+  first, shift, columns = starts[-1] // 32, starts[-1] % 32, sizes[-1]
+  # Every 32 columns lie in two words.
+  split = shift != 0 if isinstance(shift, int) else not aligned
+  block = (*sizes[:-1], -(-columns // 32))
+  words = _bits(key, stored, ((*starts[:-1], first), block))
+  if split:  # Drawn twice: XLA would take a word from its neighbour slowly.
+    above = _bits(key, stored, ((*starts[:-1], first + 1), block))
+    shift = jnp.asarray(shift).astype(jnp.uint32)
+    words = (words >> shift) | ((above << (31 - shift)) << 1)
+  return _signs_of(words, columns)
+
+
+def _signs_of(words: jax.Array, size: int) -> jax.Array:
+  """The first signs of every row of words."""
   shifts = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
   bits = (words[..., None] >> shifts) & 1
-  bits = bits.reshape(*leading, -1)[..., :size].reshape(shape)
+  bits = bits.reshape(*words.shape[:-1], -1)[..., :size]
   return 1 - 2 * bits.astype(jnp.float32)
 
 
-def _unit_uniform(key, shape):
-  return jax.random.uniform(
-    key, shape, jnp.float32, minval=-(3.0**0.5), maxval=3.0**0.5
-  )
+def _between(key, shape, window, low, high):
+  """As `jax.random.uniform` with these bounds, float32."""
+  low, high = np.float32(low), np.float32(high)
+  bits = _bits(key, shape, window)
+  ones = np.float32(1).view(np.uint32)  # The exponent of [1, 2).
+  floats = jax.lax.bitcast_convert_type((bits >> 9) | ones, jnp.float32) - 1
+  return jnp.maximum(low, floats * (high - low) + low)
 
 
-def _normal(key, shape):
-  return jax.random.normal(key, shape, jnp.float32)
+def _unit_uniform(key, shape, window=None):
+  return _between(key, shape, window, -(3.0**0.5), 3.0**0.5)
 
 
-def _leaf_keys(key, params):
-  """One key per leaf, in tree order."""
+def normals(key: types.Key, shape: tuple[int, ...], window=None) -> jax.Array:
+  """As `jax.random.normal`, all of it or a block; see :func:`signs`."""
+  above = np.nextafter(np.float32(-1), np.float32(0))
+  uniform = _between(key, shape, window, above, 1)
+  return np.float32(2**0.5) * jax.lax.erf_inv(uniform)
+
+
+def _flatten(params):
+  """The leaves in tree order, and the tree's structure."""
   leaves, treedef = jax.tree.flatten(params)
   for dtype in map(jnp.result_type, leaves):
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -86,8 +187,57 @@ def _leaf_keys(key, params):
         f"parameters must be floating-point, got a leaf of {dtype}. Keep other "
         "arrays out of the parameters."
       )
+  return leaves, treedef
+
+
+def _leaf_keys(key, params):
+  """One key per leaf, in tree order."""
+  leaves, treedef = _flatten(params)
   keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
   return jax.tree.unflatten(treedef, keys)
+
+
+def _blocks(make: Callable[[types.Key, Any], BlockFn], keys, params):
+  """The tree of make(the keys of a leaf [n], the leaf's shape)."""
+  leaves, treedef = _flatten(params)
+  fold_in = jax.vmap(jax.random.fold_in, (0, None))
+  return jax.tree.unflatten(
+    treedef,
+    [make(fold_in(keys, i), leaf.shape) for i, leaf in enumerate(leaves)],
+  )
+
+
+def _weighted_sum(sample, keys, coefficients, add_up):
+  """The sum of coefficients[i] sample(keys[i]), some of them at once."""
+  leaves = jax.tree.leaves(jax.eval_shape(sample, keys[0]))
+  small = sum(leaf.size for leaf in leaves) < _SMALL
+  sizes = _AT_ONCE[-1:] if small else _AT_ONCE
+  group = next(size for size in sizes if len(coefficients) % size == 0)
+
+  def term(probes):
+    keys, coefficients = probes
+    weighted = lambda i: jax.tree.map(
+      lambda z: coefficients[i] * z, sample(keys[i])
+    )
+    total = weighted(0)
+    for i in range(1, group):
+      total = jax.tree.map(jnp.add, total, weighted(i))
+    return total
+
+  groups = lambda x: x.reshape(-1, group)
+  return add_up(term, (groups(keys), groups(coefficients)))
+
+
+def _block_of(draw: Draw, keys, coefficients, shape) -> BlockFn:
+  """The sum of dense directions of a leaf, streamed over the probes."""
+  add_up = probe_maps.sequential().sum
+  return lambda window: _weighted_sum(
+    lambda key: draw(key, shape, window), keys, coefficients, add_up
+  )
+
+
+def _cast(total, params):
+  return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
 
 
 def _add(leaf, z, scale):
@@ -96,8 +246,8 @@ def _add(leaf, z, scale):
   return (leaf.astype(wide) + scale * z).astype(leaf.dtype)
 
 
-def _dense(draw: Draw) -> Direction:
-  def sample(key, params):
+def _dense(draw: Draw, deferred: bool = False) -> Direction:
+  def form(key, params):
     return jax.tree.map(
       lambda k, leaf: draw(k, leaf.shape), _leaf_keys(key, params), params
     )
@@ -105,37 +255,67 @@ def _dense(draw: Draw) -> Direction:
   def perturb(params, z, scale):
     return jax.tree.map(lambda leaf, zi: _add(leaf, zi, scale), params, z)
 
+  def defer(params, z, scale):
+    scale = jnp.asarray(scale, jnp.float32)
+
+    def add(leaf, key):
+      keys, scales = key[None], scale[None]
+      if not perturbed.is_deferred(leaf):
+        return perturbed.Deferred(leaf, keys, scales, draw)
+      keys = jnp.concatenate([leaf.keys, keys])
+      scales = jnp.concatenate([leaf.scales, scales])
+      return perturbed.Deferred(leaf.value, keys, scales, draw)
+
+    return jax.tree.map(add, params, z, is_leaf=perturbed.is_deferred)
+
   def combine(keys, coefficients, params, probe_map=None):
     probe_map = probe_map or probe_maps.sequential()
+    sample = lambda key: form(key, params)
+    total = _weighted_sum(sample, keys, coefficients, probe_map.sum)
+    return _cast(total, params)
 
-    def term(probe):
-      key, coefficient = probe
-      return jax.tree.map(lambda z: coefficient * z, sample(key, params))
+  def blocks(keys, coefficients, params, probe_map=None):
+    del probe_map
+    make = lambda keys, shape: _block_of(draw, keys, coefficients, shape)
+    return _blocks(make, keys, params)
 
-    total = probe_map.sum(term, (keys, coefficients))
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
-
-  return Direction(sample, perturb, combine)
-
-
-def rademacher() -> Direction:
-  """Independent signs ±1 with equal probability, packed 32 to a word."""
-  return _dense(signs)
+  if deferred:
+    return Direction(_leaf_keys, defer, combine, blocks)
+  return Direction(form, perturb, combine, blocks)
 
 
-def normal() -> Direction:
-  """Independent standard normal entries."""
-  return _dense(_normal)
+def rademacher(deferred: bool = False) -> Direction:
+  """Independent signs ±1 with equal probability, packed 32 to a word.
+
+  Args:
+    deferred: Whether `sample` draws nothing but the leaves' keys, and `perturb`
+      returns :class:`zorn_jax.perturbed.Deferred` leaves, for a model that
+      forms its parameters block by block; any other sees plain arrays.
+  Returns:
+    A :class:`Direction`.
+  """
+  return _dense(signs, deferred)
 
 
-def uniform() -> Direction:
-  """Independent uniform entries on [-√3, √3], whose variance is 1."""
-  return _dense(_unit_uniform)
+def normal(deferred: bool = False) -> Direction:
+  """Independent standard normal entries; `deferred` as in `rademacher`."""
+  return _dense(normals, deferred)
+
+
+def uniform(deferred: bool = False) -> Direction:
+  """Independent uniform entries on [-√3, √3], whose variance is 1.
+
+  Args:
+    deferred: As in :func:`rademacher`.
+  Returns:
+    A :class:`Direction`.
+  """
+  return _dense(_unit_uniform, deferred)
 
 
 _DRAWS: dict[str, Draw] = {
   "rademacher": signs,
-  "normal": _normal,
+  "normal": normals,
   "uniform": _unit_uniform,
 }
 
@@ -148,7 +328,9 @@ def _draw_of(base: str) -> Draw:
   return _DRAWS[base]
 
 
-def sparse(density: float, base: str = "rademacher") -> Direction:
+def sparse(
+  density: float, base: str = "rademacher", deferred: bool = False
+) -> Direction:
   """Keeps each entry of a dense direction with probability `density`.
 
   Kept entries are divided by √density, so that E[z zᵀ] stays the identity.
@@ -156,6 +338,7 @@ def sparse(density: float, base: str = "rademacher") -> Direction:
   Args:
     density: Expected share of entries that are not zero, in (0, 1].
     base: Name of the dense direction.
+    deferred: As in :func:`rademacher`.
   Returns:
     A :class:`Direction`.
   Raises:
@@ -167,12 +350,13 @@ def sparse(density: float, base: str = "rademacher") -> Direction:
     )
   draw = _draw_of(base)
 
-  def sparse_draw(key, shape):
-    kept = jax.random.bernoulli(jax.random.fold_in(key, 1), density, shape)
-    values = draw(jax.random.fold_in(key, 0), shape)
+  def sparse_draw(key, shape, window=None):
+    chance = _between(jax.random.fold_in(key, 1), shape, window, 0, 1)
+    values = draw(jax.random.fold_in(key, 0), shape, window)
+    kept = chance < np.float32(density)
     return jnp.where(kept, values * density**-0.5, 0.0)
 
-  return _dense(sparse_draw)
+  return _dense(sparse_draw, deferred)
 
 
 def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
@@ -197,13 +381,22 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
     raise ValueError(f"rank must be positive, got {rank}. Choose 1 or more.")
   draw = _draw_of(base)
 
-  def draw_leaf(key, leaf):
-    if leaf.ndim < 2:
-      return draw(key, leaf.shape)
-    *leading, m, k = leaf.shape
-    left = draw(jax.random.fold_in(key, 0), (*leading, rank, m))
-    right = draw(jax.random.fold_in(key, 1), (*leading, rank, k))
+  def factors(key, shape, window=None):
+    """Those of a matrix, or only what a window of it needs."""
+    *leading, m, k = shape
+    rows = columns = None
+    if window is not None:
+      starts, sizes, aligned = Window(*window)
+      *before, row, column = starts
+      *blocks, height, width = sizes
+      rows = Window((*before, 0, row), (*blocks, rank, height))
+      columns = Window((*before, 0, column), (*blocks, rank, width), aligned)
+    left = draw(jax.random.fold_in(key, 0), (*leading, rank, m), rows)
+    right = draw(jax.random.fold_in(key, 1), (*leading, rank, k), columns)
     return Factors(left * rank**-0.5, right)
+
+  def draw_leaf(key, leaf):
+    return (draw if leaf.ndim < 2 else factors)(key, leaf.shape)
 
   def sample(key, params):
     return jax.tree.map(draw_leaf, _leaf_keys(key, params), params)
@@ -221,25 +414,38 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
 
     return jax.tree.map(add, params, z, is_leaf=perturbed.is_perturbed)
 
-  def combine(keys, coefficients, params, probe_map=None):
+  def blocks(keys, coefficients, params, probe_map=None):
     del probe_map  # The factors of all probes are small: one GEMM sums them.
 
-    def add_up(leaf, z):
-      if isinstance(z, Factors):
+    def of_leaf(keys, shape):
+      if len(shape) < 2:
+        return _block_of(draw, keys, coefficients, shape)
+
+      def block(window):
+        z = jax.vmap(lambda key: factors(key, shape, window))(keys)
         weighted = jnp.einsum("n,n...->n...", coefficients, z.left)
-        total = jnp.einsum("n...rm,n...rk->...mk", weighted, z.right)
-      else:
-        total = jnp.einsum("n,n...->...", coefficients, z)
-      return total.astype(leaf.dtype)
+        return jnp.einsum("n...rm,n...rk->...mk", weighted, z.right)
 
-    stacked = jax.vmap(lambda key: sample(key, params))(keys)
-    return jax.tree.map(add_up, params, stacked)
+      return block
 
-  return Direction(sample, perturb, combine)
+    return _blocks(of_leaf, keys, params)
+
+  def combine(keys, coefficients, params, probe_map=None):
+    sums = blocks(keys, coefficients, params, probe_map)
+    return _cast(jax.tree.map(lambda block: block(None), sums), params)
+
+  return Direction(sample, perturb, combine, blocks)
 
 
 def _arrays(z):
   """A direction whose low-rank leaves are formed."""
+  if any(
+    jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(z)
+  ):
+    raise ValueError(
+      "a deferred direction is never formed, which this needs. Leave out "
+      "deferred=True."
+    )
   form = lambda zi: (
     jnp.einsum("...rm,...rk->...mk", *zi) if isinstance(zi, Factors) else zi
   )
@@ -269,7 +475,7 @@ def mapped(
   def combine(keys, coefficients, params, probe_map=None):
     total = direction.combine(keys, coefficients, params, probe_map)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), total)
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), linear(wide), params)
+    return _cast(linear(wide), params)
 
   return Direction(sample, perturb, combine)
 
@@ -311,14 +517,22 @@ def normalized(direction: Direction, norm: str = "l2") -> Direction:
   def perturb(params, z, scale):
     return jax.tree.map(lambda leaf, zi: _add(leaf, zi, scale), params, z)
 
-  def combine(keys, coefficients, params, probe_map=None):
-    probe_map = probe_map or probe_maps.sequential()
-    scales = probe_map.map(
-      lambda key: stretch(direction.sample(key, params)), keys
-    )
-    return direction.combine(keys, coefficients * scales, params, probe_map)
+  def scaled(add_up):
+    def add(keys, coefficients, params, probe_map=None):
+      probe_map = probe_map or probe_maps.sequential()
+      scales = probe_map.map(
+        lambda key: stretch(direction.sample(key, params)), keys
+      )
+      return add_up(keys, coefficients * scales, params, probe_map)
 
-  return Direction(sample, perturb, combine)
+    return add
+
+  return Direction(
+    sample,
+    perturb,
+    scaled(direction.combine),
+    scaled(direction.blocks) if direction.blocks else None,
+  )
 
 
 def grouped(
@@ -357,4 +571,4 @@ def grouped(
 
     return aggregator(group, jnp.arange(groups))
 
-  return direction._replace(combine=combine)
+  return direction._replace(combine=combine, blocks=None)

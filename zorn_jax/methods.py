@@ -1,12 +1,13 @@
 """Where a step's gradient comes from: forward passes, or BPTT beside them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from zorn_jax import aggregators, metrics, probe_map, types
+from zorn_jax import aggregators, metrics, probe_map, tiles, types
 from zorn_jax.estimators import Estimator
 from zorn_jax.estimators.streaming import StreamingEstimator
 from zorn_jax.models import Model
@@ -47,6 +48,8 @@ class Method(NamedTuple):
     follows_length: Whether shorter sequences cost less.
     in_parts: Whether a loss of exactly 0 is that of a part of a sequence in
       which nothing counts.
+    blocks: As `update`, but the gradient is a tree of functions, as
+      :class:`zorn_jax.Estimator` has them; None where there are none.
     recall: (params, data, now) -> aside, apart from the queries, which then
       return none: the losses are all that a step needs to be taken again. None
       where that needs the queries.
@@ -60,6 +63,7 @@ class Method(NamedTuple):
   estimated: Callable[[types.Params], types.Params]
   follows_length: bool = True
   in_parts: bool = False
+  blocks: Callable[..., tuple[types.PyTree, Any]] | None = None
   recall: Callable[..., Any] | None = None
 
 
@@ -136,6 +140,13 @@ def zero_order(
     grads, state = estimator.update(losses, body, state, now.probe_key)
     return (grads | exact if names else grads), state
 
+  def blocks(losses, exact, params, state, now):
+    body, _ = _split(params, names)
+    estimator = make(now.epsilon)
+    sums, state = estimator.blocks(losses, body, state, now.probe_key)
+    known = {name: partial(tiles.block, exact[name]) for name in names}
+    return (sums | known if names else sums), state
+
   # The readout needs its states and, once more, products as many as its own.
   passes = prototype.queries_per_step + 2 * readout_batches
   estimated = lambda params: _split(params, names)[0]
@@ -147,6 +158,7 @@ def zero_order(
     passes,
     prototype.num_losses,
     estimated,
+    blocks=blocks if prototype.blocks else None,
     recall=recall,
   )
 
@@ -282,9 +294,21 @@ def streaming(
     grads, state = estimator.update(losses, params, state[0], now.probe_key)
     return grads, (state, carries)
 
+  def blocks(losses, carries, params, state, now):
+    estimator = make(now.epsilon)
+    sums, state = estimator.blocks(losses, params, state[0], now.probe_key)
+    return sums, (state, carries)
+
   passes = prototype.queries_per_step / unrolls
   return Method(
-    init, query, update, passes, 2, lambda params: params, in_parts=True
+    init,
+    query,
+    update,
+    passes,
+    2,
+    lambda params: params,
+    in_parts=True,
+    blocks=blocks if prototype.blocks else None,
   )
 
 

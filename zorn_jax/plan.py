@@ -12,9 +12,9 @@ from zorn_jax.mesh import UPDATES
 from zorn_jax.step import (
   Experiment,
   init_state,
-  passes,
   programs,
-  train_step,
+  query,
+  recall,
   update,
 )
 
@@ -127,17 +127,98 @@ class Cost(NamedTuple):
   peak_bytes: int
 
 
-def plan(experiment: Experiment) -> dict[str, Any]:
-  """The size and cost of one step on one device of the experiment's layout.
+class Memory(NamedTuple):
+  """Expected bytes of a step on one device.
 
   What is computed outside of the maps over devices counts whole, also where
   heads are split, so that memory is overestimated there.
+
+  Attributes:
+    held: The state and the data.
+    query: What the queries need beside these.
+    update: What the rest needs, which writes over the old state.
+  """
+
+  held: int
+  query: int
+  update: int
+
+  @property
+  def peak(self) -> int:
+    """Bytes at the worst moment."""
+    return self.held + max(self.query, self.update)
+
+
+class _Traced(NamedTuple):
+  """The programs of a step, and shapes of what is given to them."""
+
+  state: Any
+  data: Any
+  query: core.Jaxpr
+  recall: core.Jaxpr | None
+  aside: Any
+  update: core.Jaxpr
+
+  @property
+  def all(self) -> list[core.Jaxpr]:
+    return [x for x in (self.query, self.recall, self.update) if x]
+
+
+def memory(experiment: Experiment) -> Memory:
+  """What a device of the experiment's layout needs, by the traced programs."""
+  return _memory(experiment, _trace(experiment))
+
+
+def query_bytes(experiment: Experiment) -> int:
+  """`Memory.query` alone."""
+  return cost(_trace_query(experiment, *_given(experiment))[0]).peak_bytes
+
+
+def _given(experiment):
+  """Shapes of the state and of the data."""
+  state = jax.eval_shape(partial(init_state, experiment))
+  return state, jax.eval_shape(lambda: experiment.task.data)
+
+
+def _trace_query(experiment, *given):
+  make = jax.make_jaxpr(partial(query, experiment), return_shape=True)
+  traced, result = make(*given)
+  return traced.jaxpr, result
+
+
+def _trace(experiment) -> _Traced:
+  layout = experiment.layout
+  # What a sharded update moves is put there by the compiler.
+  plain = experiment._replace(layout=layout._replace(update="replicated"))
+  state, data = given = _given(plain)
+  queries, (losses, aside) = _trace_query(plain, *given)
+  recalled = None
+  if plain.method.recall:
+    make = jax.make_jaxpr(partial(recall, plain), return_shape=True)
+    recalled, aside = make(*given)
+    recalled = recalled.jaxpr
+  updated = jax.make_jaxpr(partial(update, plain))(state, losses, aside)
+  return _Traced(state, data, queries, recalled, aside, updated.jaxpr)
+
+
+def _memory(experiment, traced):
+  aside = _bytes(jax.tree.leaves(traced.aside))
+  recalled = cost(traced.recall).peak_bytes if traced.recall else 0
+  return Memory(
+    held=_held(experiment, traced.data),
+    query=cost(traced.query).peak_bytes,
+    update=max(recalled, aside + cost(traced.update, True).peak_bytes),
+  )
+
+
+def plan(experiment: Experiment) -> dict[str, Any]:
+  """The size and cost of one step on one device of the experiment's layout.
 
   Returns:
     `parameters`, of all devices; `forward_passes_per_step`, of all devices, a
     backward pass counted as two; `forward_flops_per_step`, of all matrix
     products in the queries (for BPTT also those of the backward passes);
-    `peak_bytes_estimate`, arguments and temporaries of the step;
+    `peak_bytes_estimate`, by :func:`memory`;
     `collective_bytes_per_step`, which all collectives give to a device;
     `expected_cosine` of estimate and gradient, √(n/(n+d)) for n directions and
     the d parameters whose gradient is estimated; `mesh`, the devices on each
@@ -146,20 +227,18 @@ def plan(experiment: Experiment) -> dict[str, Any]:
     of `DEVICES`, all of them expected.
   """
   layout, method = experiment.layout, experiment.method
-  # What a sharded update moves is put there by the compiler.
-  traced = experiment._replace(layout=layout._replace(update="replicated"))
-  state = jax.eval_shape(partial(init_state, traced))
-  data = jax.eval_shape(lambda: traced.task.data)
-  step = jax.make_jaxpr(partial(train_step, traced))(state, data)
-  queries, passed = jax.make_jaxpr(partial(passes, traced), return_shape=True)(
-    state, data
-  )
-  updated = jax.make_jaxpr(partial(update, traced))(state, *passed)
+  traced = _trace(experiment)
+  state = traced.state
   n, d = experiment.num_probes, _size(method.estimated(state.params))
-  moved = list(_transfers(step.jaxpr, layout.mesh.shape))
+  moved = [
+    transfer
+    for program in traced.all
+    for transfer in _transfers(program, layout.mesh.shape)
+  ]
+  added = cost(traced.update).flops
   arithmetic = _Arithmetic(
-    max(0, n * d - cost(updated.jaxpr).flops // 2),
-    cost(updated.jaxpr).flops,
+    max(0, n * d - added // 2),
+    added,
     # The gradient is written and read, the parameters are read and written,
     # and so is every moment.
     16 + 8 * round(_size(state.opt_state) / max(1, _size(state.params))),
@@ -175,9 +254,8 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   return {
     "parameters": _size(state.params),
     "forward_passes_per_step": method.passes_per_step,
-    "forward_flops_per_step": cost(queries.jaxpr).flops,
-    "peak_bytes_estimate": _held(experiment, data)
-    + cost(step.jaxpr).peak_bytes,
+    "forward_flops_per_step": sum(cost(x).flops for x in traced.all[:-1]),
+    "peak_bytes_estimate": _memory(experiment, traced).peak,
     "collective_bytes_per_step": updates[layout.update]["bytes"],
     "expected_cosine": math.sqrt(n / (n + d)) if d else 1.0,
     "mesh": dict(layout.mesh.shape),
@@ -264,41 +342,108 @@ def _size(tree) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def cost(jaxpr: core.Jaxpr) -> Cost:
-  """Walks a program; loops of unknown length count once."""
+def cost(jaxpr: core.Jaxpr, in_place: bool = False) -> Cost:
+  """Walks a program; loops of unknown length count once.
+
+  Args:
+    jaxpr: The program.
+    in_place: Whether its results are written over its arguments.
+  """
+  results = set(_variables(jaxpr.outvars)) if in_place else set()
+  return _cost(jaxpr, set(jaxpr.invars) if in_place else set(), results)
+
+
+def _cost(jaxpr, writable, elsewhere=frozenset()) -> Cost:
+  """Cost of a program that may write over some of its arguments.
+
+  Results that lie `elsewhere` need no memory.
+  """
   uses = {}
   for index, equation in enumerate(jaxpr.eqns):
     for variable in _variables(equation.invars):
       uses.setdefault(variable, []).append(index)
-  for variable in _variables(jaxpr.outvars):
+  for variable in set(_variables(jaxpr.outvars)):
     uses.setdefault(variable, []).extend([len(jaxpr.eqns)] * 2)
   flops, live, peak = 0, 0, 0
+  writable = dict.fromkeys(writable, 0)  # And the bytes that they hold.
   released = [0] * (len(jaxpr.eqns) + 2)
   for index, equation in enumerate(jaxpr.eqns):
-    inner = _inner_cost(equation)
+    ended = lambda x, index=index: max(uses.get(x, [-1])) <= index
+    over = {
+      x for x in _variables(equation.invars) if x in writable and ended(x)
+    }
+    inner = _inner_cost(equation, over)
     flops += inner.flops
     name = equation.primitive.name
+    # An array can be written over by one result alone.
+    taken = {old: new for old, new in _written_over(equation) if old in over}
+    taken = {new: old for old, new in taken.items()}
     for variable in equation.outvars:
       used = uses.get(variable, [])
-      if name in _MATERIALIZED or len(used) > 1:
+      last = max(used, default=index)
+      if variable in taken:
+        size = writable[taken[variable]]
+        released[index + 1] -= size
+      elif variable in elsewhere:
+        size = 0
+      elif name in _MATERIALIZED or len(used) > 1:
         size = _bytes([variable.aval])
         live += size
-        released[max(used, default=index) + 1] += size
+      else:
+        continue
+      writable[variable] = size
+      released[last + 1] += size
     peak = max(peak, live + inner.peak_bytes)
     live -= released[index + 1]
   return Cost(flops, peak)
 
 
-def _inner_cost(equation) -> Cost:
+def _inner_cost(equation, over) -> Cost:
   """Cost of one equation, apart from its results."""
   if equation.primitive.name == "dot_general":
     return Cost(_dot_flops(equation), 0)
-  inner = [cost(jaxpr) for jaxpr in _subprograms(equation.params)]
+  inner = []
+  for jaxpr in _subprograms(equation.params):
+    # Of a loop, what it carries on; else the arguments that nobody else reads.
+    if equation.primitive.name in ("scan", "while"):
+      params = equation.params
+      carried = params.get("num_carry", len(equation.outvars))
+      first = params.get("num_consts", len(jaxpr.invars) - carried)
+      writable = jaxpr.invars[first : first + carried]
+    else:
+      count = len(jaxpr.invars)
+      pairs = zip(jaxpr.invars, equation.invars[-count:], strict=False)
+      writable = [
+        x
+        for x, outer in pairs
+        if not isinstance(outer, core.Literal) and outer in over
+      ]
+    inner.append(_cost(jaxpr, writable))
   repeats = equation.params.get("length", 1)
   return Cost(
     repeats * sum(part.flops for part in inner),
     max((part.peak_bytes for part in inner), default=0),
   )
+
+
+def _written_over(equation):
+  """Arguments, and the results that can take their places."""
+  name, params = equation.primitive.name, equation.params
+  if name == "dynamic_update_slice":
+    first = 0
+  elif name == "scan":
+    first = params["num_consts"]
+  elif name == "while":
+    first = params["cond_nconsts"] + params["body_nconsts"]
+  else:
+    return []
+  count = params.get("num_carry", len(equation.outvars))
+  carried = equation.invars[first : first + count]
+  return [
+    (old, new)
+    for old, new in zip(carried, equation.outvars, strict=False)
+    if not isinstance(old, core.Literal)
+  ]
 
 
 def _subprograms(params):

@@ -36,6 +36,7 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
   Args:
     batch_size: Probes that share one vectorised forward pass; None for all of
       them. Memory grows with it, results do not depend on it beyond rounding.
+      If it does not divide the probes, the last one runs again to fill up.
   Returns:
     A :class:`ProbeMap` for one device.
   Raises:
@@ -52,7 +53,10 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
     one = lambda x: fn(x, *shared)
     if batch_size is None or batch_size >= num_probes:
       return jax.vmap(one)(xs)
-    return jax.lax.map(one, xs, batch_size=batch_size)
+    missing = -num_probes % batch_size
+    # One body: another for the rest would be compiled and round otherwise.
+    results = jax.lax.map(one, _padded(xs, missing), batch_size=batch_size)
+    return jax.tree.map(lambda x: x[:num_probes], results)
 
   def sum_(fn, xs):
     first = jax.tree.map(lambda x: x[0], xs)
@@ -66,6 +70,18 @@ def sequential(batch_size: int | None = None) -> ProbeMap:
     return jax.lax.scan(add, zeros, xs)[0]
 
   return ProbeMap(map_, map_, sum_)
+
+
+def _padded(xs, missing):
+  """The stacked values with the last one repeated at the end."""
+  if not missing:
+    return xs
+
+  def pad(x):
+    last = jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))
+    return jnp.concatenate([x, last])
+
+  return jax.tree.map(pad, xs)
 
 
 def spread(fn, mesh: Mesh, axis: str, in_specs, out_specs):

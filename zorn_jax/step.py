@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zorn_jax import control, metrics
+from zorn_jax import control, in_place, metrics
 from zorn_jax.mesh import Layout
 from zorn_jax.methods import Method, Now
 from zorn_jax.models import Model
@@ -25,6 +25,7 @@ class Experiment(NamedTuple):
     task: What it is trained on.
     method: Where its gradient comes from.
     optimizer: What is done with the gradient.
+    elementwise: Whether it treats every parameter alone.
     watch: What is done when the loss explodes or stands still.
     search: How the learning rate is searched for; None to take it as it is.
     num_probes: Directions n per step; 0 for BPTT.
@@ -45,6 +46,7 @@ class Experiment(NamedTuple):
   task: Task
   method: Method
   optimizer: optax.GradientTransformation
+  elementwise: bool
   watch: control.Watch
   search: Search | None
   num_probes: int
@@ -150,28 +152,30 @@ def update(
     rate; `scale`, what it was multiplied with; with a curriculum `length`, that
     of its sequences.
   """
-  method, model, layout = experiment.method, experiment.model, experiment.layout
-  this, scale = now(experiment, state), control.scale(state.control)
-  grads, method_state = method.update(
-    losses, aside, state.params, state.method_state, this
-  )
-  if layout.update == "sharded":
-    placed = layout.place(grads, model.specs)
-    slices = layout.slices(grads, placed)
-    grads = jax.lax.with_sharding_constraint(grads, slices)
-  updates, opt_state = experiment.optimizer.update(
-    _wide(grads), state.opt_state, _wide(state.params)
-  )
-  updates = jax.tree.map(lambda x: scale * x, updates)
+  method, scale = experiment.method, control.scale(state.control)
+  this = now(experiment, state)
+  inputs = losses, aside, state.params, state.method_state, this
+  if _in_blocks(experiment) and experiment.elementwise:
+    blocks, method_state = method.blocks(*inputs)
+    params, opt_state, grad_norm = in_place.apply(
+      experiment.optimizer, blocks, state.params, state.opt_state, scale
+    )
+  else:
+    grads, method_state = _gradient(experiment, inputs)
+    updates, opt_state = experiment.optimizer.update(
+      _wide(grads), state.opt_state, _wide(state.params)
+    )
+    updates = jax.tree.map(lambda x: scale * x, updates)
+    params = optax.apply_updates(state.params, updates)
+    grad_norm = metrics.norm(grads)
   queried = losses[:, : method.num_losses]
   finite = jnp.isfinite(queried)
   silent = (queried == 0) & method.in_parts
   loss = jnp.mean(queried, where=finite & ~silent)
   loss = jnp.where(silent.all(), 0.0, loss)
-  grad_norm = metrics.norm(grads)
   new_state = state._replace(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     opt_state=opt_state,
     method_state=method_state,
     control=control.observe(
@@ -189,6 +193,27 @@ def update(
   }
   lesson = state.control.lesson
   return new_state, values | ({"length": lesson.length} if lesson else {})
+
+
+def _in_blocks(experiment) -> bool:
+  """Whether a device forms the gradient block by block."""
+  layout = experiment.layout
+  whole = layout.update == "replicated" and layout.mesh.shape["head"] == 1
+  return whole and experiment.method.blocks is not None
+
+
+def _gradient(experiment, inputs):
+  """The gradient as a tree of arrays, and the new state of the method."""
+  layout, method = experiment.layout, experiment.method
+  if _in_blocks(experiment):
+    blocks, method_state = method.blocks(*inputs)
+    return in_place.gradient(blocks, inputs[2]), method_state
+  grads, method_state = method.update(*inputs)
+  if layout.update == "sharded":
+    placed = layout.place(grads, experiment.model.specs)
+    slices = layout.slices(grads, placed)
+    grads = jax.lax.with_sharding_constraint(grads, slices)
+  return grads, method_state
 
 
 def train_step(
@@ -238,16 +263,29 @@ def programs(experiment: Experiment) -> Programs:
   everywhere = layout.everywhere
   updated = (after, everywhere)
   step = partial(update, experiment)
+  compiled = partial(jax.jit, compiler_options=_compiler_options(template))
   return Programs(
-    init=jax.jit(partial(init_state, experiment), out_shardings=places),
-    query=jax.jit(ask, out_shardings=(everywhere, everywhere, None)),
-    recall=jax.jit(partial(recall, experiment), out_shardings=everywhere)
+    init=compiled(partial(init_state, experiment), out_shardings=places),
+    query=compiled(ask, out_shardings=(everywhere, everywhere, None)),
+    recall=compiled(partial(recall, experiment), out_shardings=everywhere)
     if method.recall
     else None,
-    update=jax.jit(step, donate_argnums=0, out_shardings=updated),
-    attempt=jax.jit(step, out_shardings=updated),
+    update=compiled(step, donate_argnums=0, out_shardings=updated),
+    attempt=compiled(step, out_shardings=updated),
     template=template,
   )
+
+
+def _compiler_options(template):
+  """Options of XLA for programs over these parameters."""
+  narrow = any(
+    x.dtype == jnp.bfloat16 for x in jax.tree.leaves(template.params)
+  )
+  if not narrow or jax.default_backend() != "cpu":
+    return None
+  # This pass makes a copy in float32 of every array of which a block is read or
+  # written: memory of three times the parameters, and hours for large ones.
+  return {"xla_disable_hlo_passes": "float-normalization-bf16"}
 
 
 def _template(experiment):

@@ -20,6 +20,7 @@ from zorn_jax import (
   journal,
   loggers,
   plots,
+  probe_batch,
   processes,
   search,
 )
@@ -62,6 +63,7 @@ def train(
   workdir: pathlib.Path,
   config: dict[str, Any],
   logger_names=(),
+  batching: probe_batch.Batching | None = None,
 ) -> bool:
   """Trains until the last step, from where an earlier run in `workdir` ended.
 
@@ -70,13 +72,19 @@ def train(
     workdir: Directory of the run; see :func:`claim`.
     config: Plain values that describe the run.
     logger_names: Loggers beside the file and the terminal.
+    batching: How the experiment is made with fewer probes at once, where its
+      memory does not suffice; None to take it as it is.
   Returns:
     Whether the last step was reached; False after SIGTERM or SIGINT, when the
     state has been saved (an exploded one is not).
   Raises:
-    ValueError: If the workdir cannot be used, another process trains in it, or
-      a logger is missing.
+    ValueError: If the workdir cannot be used, another process trains in it, a
+      logger is missing, or the memory does not suffice for one probe at once.
   """
+  if batching:
+    noted = processes.share(probe_batch.read(workdir))
+    choice = _choice(batching, noted)
+    experiment = batching.rebuild(choice.size)
   parts = programs(experiment)
   # Mistakes that only show in the traced step must not claim the workdir.
   data = jax.eval_shape(lambda: experiment.task.data)
@@ -95,6 +103,16 @@ def train(
         f"the workdir {str(workdir)!r} is not the one of the first process: it "
         f"has no {CONFIG_NAME}. Name a directory that all hosts share."
       )
+    if batching:
+      if first and choice.size not in (batching.wanted, noted):
+        probe_batch.write(workdir, choice.size)
+      query = probe_batch.Query(
+        parts.query,
+        choice,
+        lambda size: programs(batching.rebuild(size)).query,
+        partial(probe_batch.write, workdir),
+      )
+      parts = parts._replace(query=query)
     checkpoints = Checkpoints(
       workdir / CHECKPOINTS_NAME, every=experiment.checkpoint_every
     )
@@ -140,6 +158,21 @@ def train(
   if first:
     plots.plot_losses(workdir)
   return step == experiment.steps
+
+
+def _choice(batching, noted):
+  """How many probes run at once, the same in all processes."""
+  choice = probe_batch.choose_here(batching, noted)
+  choice = choice._replace(size=processes.share(choice.size))
+  probe_batch.check(choice)
+  logging.info(
+    "probe_batch=%d of %d probes on a device: about %s bytes of %s",
+    choice.size,
+    choice.most,
+    f"{choice.peak_bytes(choice.size):,}",
+    f"{choice.available:,}" if choice.available else "unknown",
+  )
+  return choice
 
 
 def _open_journal(experiment, workdir, header, step, saved):

@@ -2,9 +2,11 @@
 
 python -m zorn_jax.cli.train --config=configs/paper/lstm.py:tiny --workdir=DIR
 
-The sizes are tiny, small, medium, large, xlarge and xxlarge (copy task) and
-smoke_7b. Epsilon follows the learning rate, one batch is shared by all probes,
-the directions are dense signs, the optimiser is plain SGD.
+The sizes are tiny, small, medium, large, xlarge and xxlarge (copy task), and
+smoke_large and smoke_7b, which learn ten random tokens by heart: the authors'
+logs went from 7.54 to 0.095 in five steps and from 15.95 to 0.047 in seven.
+Epsilon follows the learning rate, one batch is shared by all probes, the
+directions are dense signs, the optimiser is plain SGD.
 """
 
 import ml_collections
@@ -17,6 +19,7 @@ _SIZES = {
   "large": (66000, 220, 128, 0.01),
   "xlarge": (297500, 350, 128, 0.001),
   "xxlarge": (1000000, 1000, 128, 0.0001),
+  "smoke_large": (66000, 220, 1, 0.01),
   "smoke_7b": (2**17, 2**8, 1, 0.01),
 }
 
@@ -47,9 +50,9 @@ def get_config(size="tiny"):
   config.mesh.updates = "replicated"  # Or sharded over the devices.
 
   config.task = ml_collections.ConfigDict()
-  if size == "smoke_7b":
+  if size.startswith("smoke"):
     config.task.name = "random_tokens"
-    config.task.vocab_size = 50260
+    config.task.vocab_size = 50260 if size == "smoke_7b" else 100
     config.task.seq_length = 10
     config.task.time_chunk = 10
   else:
@@ -68,7 +71,7 @@ def get_config(size="tiny"):
   config.model.readout_scale = "head"
   config.model.initial_state = "trainable"
   config.model.forget_bias = 0.0
-  config.model.dtype = "float32"
+  config.model.dtype = "bfloat16" if size == "smoke_7b" else "float32"
 
   config.estimator = ml_collections.ConfigDict()
   config.estimator.name = "central_difference"

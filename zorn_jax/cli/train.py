@@ -59,7 +59,8 @@ def main(argv) -> int:
     experiment = build.experiment(config)
     if processes.is_first() and jax.device_count() > 1:
       print(mesh.describe(experiment.layout), file=sys.stderr)
-    train(experiment, workdir, config.to_dict(), config.loggers)
+    batching = build.batching(config, experiment)
+    train(experiment, workdir, config.to_dict(), config.loggers, batching)
   return 0
 
 

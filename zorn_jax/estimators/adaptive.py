@@ -74,7 +74,7 @@ def adaptive(
     )
     return grads, AdaptiveState(moment, inner)
 
-  return base._replace(init=init, query=query, update=update)
+  return base._replace(init=init, query=query, update=update, blocks=None)
 
 
 def _scales(moment):

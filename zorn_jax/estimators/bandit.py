@@ -134,10 +134,8 @@ def bandit_spsa(
     keys, _, _ = propose(state, key)
     return probes.query(loss_fn, params, batch, keys)
 
-  def update(losses, params, state, key):
-    losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
+  def terms(losses, state, key):
     keys, slots, chosen = propose(state, key)
-    grads = probes.update(losses, params, keys)
     reward = jnp.abs(probes.slopes(losses))
     reward = jnp.where(jnp.isfinite(reward), reward, 0.0)
     # A fresh probe writes to no slot of the reservoir: out of range.
@@ -154,11 +152,13 @@ def bandit_spsa(
     pool = jnp.concatenate([state.keys, keys])
     _, kept = jax.lax.top_k(jnp.where(counts > 0, values, -1.0), capacity)
     kept_counts = counts[kept]
-    return grads, BanditState(
+    state = BanditState(
       state.step + 1,
       pool[kept],
       jnp.where(kept_counts > 0, values[kept], 0.0),
       kept_counts,
     )
+    return keys, probes.weights(losses), state
 
-  return Estimator(init, query, update, probes.queries_per_step, 2)
+  update, blocks = probes.sums(terms)
+  return Estimator(init, query, update, probes.queries_per_step, 2, blocks)

@@ -56,10 +56,9 @@ def forward_gradient(
     stencil.check_batch(batch, num_probes)
     return probe_map.map(lambda x: probe(*x), (keys, batch))
 
-  def update(losses, params, state, key):
-    slopes = jnp.asarray(losses, jnp.float32)[:, 1]
-    weights = shapings.coefficients(slopes, shaping)
-    keys = stencil.probe_keys(key, num_probes)
-    return direction.combine(keys, weights, params, probe_map), state
+  def terms(losses, state, key):
+    weights = shapings.coefficients(losses[:, 1], shaping)
+    return stencil.probe_keys(key, num_probes), weights, state
 
-  return Estimator(lambda params: (), query, update, 2 * num_probes, 1)
+  update, blocks = stencil.sums(direction, probe_map, terms)
+  return Estimator(lambda params: (), query, update, 2 * num_probes, 1, blocks)

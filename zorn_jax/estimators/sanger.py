@@ -137,7 +137,7 @@ def sanger_spsa(
     factors = jax.tree.map(learn, estimate, state.factors)
     return grads, SangerState(state.step + 1, factors)
 
-  return base._replace(init=init, query=query, update=update)
+  return base._replace(init=init, query=query, update=update, blocks=None)
 
 
 def _init_factors(key, leaf, rank):

@@ -1,6 +1,7 @@
 """The spine of the estimators: where a probe is queried, what it says."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 
 from zorn_jax import directions, probe_map as probe_maps, types
 from zorn_jax.estimators import shaping as shapings
-from zorn_jax.estimators.types import Estimator, LossFn
+from zorn_jax.estimators.types import Estimator, LossFn, UpdateFn
+
+# (losses, state, key) -> (keys [n], coefficients [n], state).
+TermsFn = Callable[..., tuple[types.Key, jax.Array, Any]]
 
 # Folded into a probe's key for its second direction; no leaf has this index.
 _SECOND = 2**32 - 1
@@ -20,14 +24,16 @@ class Probes(NamedTuple):
   Attributes:
     query: (loss_fn, params, batch, keys [n]) -> losses [n, q].
     slopes: (losses [n, q]) -> estimated derivatives along the directions [n].
-    update: (losses, params, keys [n]) -> grads.
+    weights: (losses [n, q]) -> coefficients of the directions [n].
+    sums: (terms) -> an estimator's `update` and `blocks`; see :func:`sums`.
     queries_per_step: Number of forward passes that `query` runs.
     num_losses: As in :class:`Estimator`.
   """
 
   query: Callable[..., jax.Array]
   slopes: Callable[[jax.Array], jax.Array]
-  update: Callable[..., types.Grads]
+  weights: Callable[[jax.Array], jax.Array]
+  sums: Callable[[TermsFn], tuple[UpdateFn, UpdateFn | None]]
   queries_per_step: int
   num_losses: int
 
@@ -96,14 +102,42 @@ def probes(
         first = jnp.full(num_probes, loss_fn(params, batch))
     return jnp.column_stack([first, losses]) if clean else losses
 
-  def update(losses, params, keys):
-    weights = shapings.coefficients(slopes(losses), shaping)
-    return direction.combine(keys, weights, params, probe_map)
-
   queries = num_probes * len(points)
   if clean:
     queries += num_probes if batch_per_probe else 1
-  return Probes(query, slopes, update, queries, len(points) + clean)
+  return Probes(
+    query,
+    slopes,
+    lambda losses: shapings.coefficients(slopes(losses), shaping),
+    partial(sums, direction, probe_map),
+    queries,
+    len(points) + clean,
+  )
+
+
+def sums(
+  direction: directions.Direction,
+  probe_map: probe_maps.ProbeMap,
+  terms: TermsFn,
+) -> tuple[UpdateFn, UpdateFn | None]:
+  """`update` and `blocks` of an estimate that is a sum of directions.
+
+  Args:
+    direction: Distribution of the directions.
+    probe_map: How many probes run at once.
+    terms: (losses, state, key) -> (keys [n], coefficients [n], state).
+  """
+
+  def with_sum(add_up):
+    def update(losses, params, state, key):
+      losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
+      keys, weights, state = terms(losses, state, key)
+      return add_up(keys, weights, params, probe_map), state
+
+    return update
+
+  blocks = with_sum(direction.blocks) if direction.blocks else None
+  return with_sum(direction.combine), blocks
 
 
 def fresh(probes: Probes, num_probes: int) -> Estimator:
@@ -113,12 +147,17 @@ def fresh(probes: Probes, num_probes: int) -> Estimator:
     del state
     return probes.query(loss_fn, params, batch, probe_keys(key, num_probes))
 
-  def update(losses, params, state, key):
-    losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
-    return probes.update(losses, params, probe_keys(key, num_probes)), state
+  def terms(losses, state, key):
+    return probe_keys(key, num_probes), probes.weights(losses), state
 
+  update, blocks = probes.sums(terms)
   return Estimator(
-    lambda params: (), query, update, probes.queries_per_step, probes.num_losses
+    lambda params: (),
+    query,
+    update,
+    probes.queries_per_step,
+    probes.num_losses,
+    blocks,
   )
 
 

@@ -52,6 +52,7 @@ class StreamingEstimator(NamedTuple):
     update: (losses, params, state, key) -> (grads, state). Needs neither batch
       nor carries. `query` and `update` of a step get the same state and key.
     queries_per_step: Number of unrolls that `query` runs.
+    blocks: As :class:`zorn_jax.Estimator` has it.
   """
 
   init: Callable[[types.Params], StreamingState]
@@ -59,6 +60,7 @@ class StreamingEstimator(NamedTuple):
   query: Callable[..., tuple[jax.Array, Carry]]
   update: Callable[..., tuple[types.Grads, StreamingState]]
   queries_per_step: int
+  blocks: Callable[..., tuple[types.PyTree, StreamingState]] | None = None
 
 
 def noise_reuse_es(
@@ -179,17 +181,18 @@ def _streaming(
 
     return probe_map.keep(unroll_pair, (keys, carries, batch, state.age == 0))
 
-  def update(losses, params, state, key):
-    losses = jnp.asarray(losses, jnp.float32)  # NumPy rounds otherwise.
+  def terms(losses, state, key):
     slopes = (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
     weights = shapings.coefficients(slopes, shaping)[:, None]
     past = jnp.arange(slots)[None] <= state.age[:, None]
     weights = jnp.where(past, weights, 0.0).ravel()
     keys = keys_now(state, key)
-    grads = direction.combine(keys.ravel(), weights, params, probe_map)
     last = state.left == 1
     age = jnp.where(last, 0, state.age + 1)
     left = jnp.where(last, unrolls, state.left - 1)
-    return grads, StreamingState(age, left, keys)
+    return keys.ravel(), weights, StreamingState(age, left, keys)
 
-  return StreamingEstimator(init, init_carry, query, update, 2 * num_probes)
+  update, blocks = stencil.sums(direction, probe_map, terms)
+  return StreamingEstimator(
+    init, init_carry, query, update, 2 * num_probes, blocks
+  )

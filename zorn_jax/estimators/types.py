@@ -25,6 +25,9 @@ class Estimator(NamedTuple):
     queries_per_step: Number of forward passes that `query` runs.
     num_losses: How many of the q columns are losses, from the first on; the
       others are slopes.
+    blocks: As `update`, but the gradient is a tree of functions, one for each
+      leaf: (a :class:`zorn_jax.tiles.Window`, or None for all) -> a float32
+      block of it. None where the gradient cannot be had in parts.
   """
 
   init: InitFn
@@ -32,3 +35,4 @@ class Estimator(NamedTuple):
   update: UpdateFn
   queries_per_step: int
   num_losses: int
+  blocks: UpdateFn | None = None

@@ -134,6 +134,9 @@ def multiply(layout: Trail, w, x: jax.Array) -> jax.Array:
   shape = x.shape[-size:]
   flat = x.reshape(*x.shape[:-size], -1)
   wide = jnp.promote_types(jnp.result_type(w, x), jnp.float32)
+  if flat.shape[-1] == 1:
+    # A CPU takes five times as long for one column in bfloat16.
+    w, flat = w.astype(wide), flat.astype(wide)
   y = jnp.matmul(w, flat, preferred_element_type=wide)
   y = y.reshape(*y.shape[:-1], *shape)
   return y.swapaxes(0, 1) if steps else y

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zorn_jax import perturbed
+from zorn_jax import directions, perturbed, tiles
 from zorn_jax.models import cells, inputs, population, readout
 
 _READOUT_SCALES = ("hidden", "head")
@@ -32,8 +32,23 @@ _SIZES = (
 )
 
 
+# Elements of a parameter that is drawn block by block.
+_LARGE = 2**24
+
+
 def _scaled_normal(variance: float):
-  return nn.initializers.normal(stddev=math.sqrt(variance))
+  """An initializer, which needs no memory beside a large parameter's own."""
+  deviation = math.sqrt(variance)
+
+  def init(key, shape, dtype):
+    if math.prod(shape) < _LARGE:
+      return nn.initializers.normal(deviation)(key, shape, dtype)
+    draw = lambda window: directions.normals(key, shape, window)
+    scale = lambda z, _: [(deviation * z).astype(dtype)]
+    (drawn,), _ = tiles.update([jnp.zeros(shape, dtype)], draw, scale)
+    return drawn
+
+  return init
 
 
 class Recurrent(nn.Module):
@@ -425,16 +440,20 @@ class Recurrent(nn.Module):
 
 
 # Bytes of gates, or of recurrent weights, that some heads may have at once: a
-# share of the cache of one core.
+# share of the cache of one core. Of weights that are not perturbed, and may
+# have a gradient, more: their heads are only split so that no copy of them is
+# large.
 _BLOCK_BYTES = 2**21
+_COPY_BYTES = 2**26
 
 
 def _heads_at_once(r, num_heads, width, layout):
   """How many heads run through time together; a divisor of all."""
-  if not perturbed.is_any(r):
-    return num_heads
-  columns = max(math.prod(layout.shape), r.shape[-1])
-  most = max(1, _BLOCK_BYTES // (4 * width * columns))
+  if perturbed.is_any(r):
+    columns = max(math.prod(layout.shape), r.shape[-1])
+    most = max(1, _BLOCK_BYTES // (4 * width * columns))
+  else:
+    most = max(1, _COPY_BYTES // (4 * width * r.shape[-1]))
   return max(
     k for k in range(1, num_heads + 1) if num_heads % k == 0 and k <= most
   )
