@@ -1,0 +1,61 @@
+"""What a benchmark ran on."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+
+PEERS = ("torch", "evosax")
+
+
+def describe() -> dict[str, Any]:
+  """The machine, the versions of what ran on it, the command and the date."""
+  versions = {name: _version(name) for name in ("jax", "jaxlib", *PEERS)}
+  return {
+    "device": _device(),
+    "cores": cores(),
+    "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    "platform": f"{platform.system()} {platform.machine()}",
+    "backend": jax.default_backend(),
+    "python": platform.python_version(),
+    **versions,
+    "command": " ".join(["python -m zorn_jax.cli.bench", *sys.argv[1:]]),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+  }
+
+
+def cores() -> int:
+  """Cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # Linux.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def installed(peer: str) -> bool:
+  """Whether a peer can be imported."""
+  return importlib.util.find_spec(peer) is not None
+
+
+def _version(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _device():
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return device.device_kind
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  models = [x.partition(":")[2].strip() for x in lines if "model name" in x]
+  return models[0] if models else platform.processor() or "CPU"
