@@ -247,6 +247,58 @@ def test_the_first_token_tells_random_slots_apart(size):
   assert abs(scores.std() - 1) < 5 / np.sqrt(2 * size)
 
 
+@pytest.mark.parametrize("offset", [-30.0, 30.0])
+def test_slots_far_from_zero_keep_their_variance(offset):
+  """It is 1e-5 of the square of their mean."""
+  model, params = build()
+  tokens = tokens_of(2, 3)
+  before = model.initial_carry(params, 2)
+  rng = np.random.default_rng(0)
+  memory = offset + 0.1 * rng.normal(size=before.memory.shape)
+  before = before._replace(memory=jnp.asarray(memory, jnp.float32))
+  expected, state, _ = equations(params, tokens, 2, "lstm", before)
+  carry, logits = run(model, params, tokens, before)
+  close(logits, expected, 3e-4)  # Float32 has 2e-5 of the deviations.
+  close(carry.memory, state[2], 1e-4)
+
+
+@pytest.mark.parametrize("slots", [5, 16])
+def test_scores_beyond_the_range_of_exponentials(slots):
+  model, params = build(memory_slots=slots)
+  params["memory_norm_weight"] *= 1e3
+  tokens = tokens_of(1, 2)
+  before = model.initial_carry(params, 1)
+  expected, _, written = equations(params, tokens, 2, "lstm", before)
+  assert written.min() < 1e-40
+  close(run(model, params, tokens)[1], expected, 1e-3)
+
+
+@pytest.mark.parametrize("num_reads", [1, 2])
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_gradients_are_slopes_of_the_equations(controller, num_reads):
+  model, params = build(controller, num_reads)
+  tokens = tokens_of(2, 5)
+  before = model.initial_carry(params, 2)
+
+  def total(params):
+    return jnp.sum(jnp.sin(model.apply(params, before, tokens)[1]))
+
+  slopes = jax.jit(jax.grad(total))(params)
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    z = {name: rng.normal(size=x.shape) for name, x in params.items()}
+
+    def at(scale):
+      moved = {n: np.asarray(params[n], np.float64) + scale * z[n] for n in z}  # noqa: B023
+      logits, _, _ = equations(moved, tokens, num_reads, controller, before)
+      return np.sin(logits).sum()
+
+    expected = (at(1e-5) - at(-1e-5)) / 2e-5
+    got = sum(np.vdot(slopes[name], z[name]) for name in z)
+    size = np.sqrt(sum(np.square(x).sum() for x in slopes.values()))
+    assert abs(got - expected) < 1e-4 * size
+
+
 # Perturbations.
 
 

@@ -12,6 +12,11 @@ where every LN is a layer norm with parameters of its own:
     v   = [Σ_m α_1m M_m; ...; Σ_m α_Rm M_m]
     logits = W_proj LN([q; v]) + b_proj
 
+The slots are kept as their means and what is left of them, C_m = M_m - mean_m.
+Then LN(M_m) = γ C_m / σ_m + β is not formed: a key k has the scores
+(γ k) · C_m / σ_m, to which β would add the same for all slots. A write changes
+the mean by ω_m δ_m, δ_m = mean(a - M_m e), and C_m by ω_m (a - M_m e - δ_m).
+
 The controller is an LSTM with gates (i, f, g, o), or tanh(W_ih u + b_ih +
 W_hh h + b_hh). Slots are found by their content only: those that are equal at
 first are equal for ever.
@@ -24,6 +29,7 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zorn_jax import perturbed
 
@@ -43,6 +49,9 @@ _SIZES = (
 # Scores are sums of S products of size one; a matrix unit rounds to 10 bits.
 _contract = functools.partial(jnp.einsum, precision="highest")
 
+# Before XLA, which on a CPU does not vectorise it, takes the largest of a row.
+_HALVINGS = 4
+
 
 class State(NamedTuple):
   """What the model keeps between two tokens, in float32.
@@ -58,11 +67,57 @@ class State(NamedTuple):
   reads: jax.Array
 
 
+class _Slots(NamedTuple):
+  """The memory within a chunk.
+
+  Attributes:
+    centred: Slots without their means, [B, M, S].
+    mean: [B, M].
+    inverse: 1 / √(variance + ε) of each slot, [B, M].
+  """
+
+  centred: jax.Array
+  mean: jax.Array
+  inverse: jax.Array
+
+
 def _affine(x: jax.Array, layer) -> jax.Array:
-  """x Wᵀ + b over the last axis, in float32."""
+  """x W + b over the last axis, in float32."""
   weight, bias = layer
-  y = perturbed.matmul(x.astype(weight.dtype), weight.mT)
-  return y + jnp.broadcast_to(perturbed.materialize(bias), y.shape)
+  y = perturbed.matmul(x.astype(weight.dtype), weight)
+  return y + jnp.broadcast_to(bias, y.shape)
+
+
+def _bias(*layers) -> jax.Array:
+  """The biases of some layers [out, in], one after the other, in float32."""
+  biases = [perturbed.materialize(bias) for _, bias in layers]
+  return jnp.concatenate(biases).astype(jnp.float32)
+
+
+def _stack(*matrices):
+  """The rows of some matrices, arrays or Perturbed, as one matrix."""
+  values = [w.value if perturbed.is_perturbed(w) else w for w in matrices]
+  ends = np.cumsum([len(value) for value in values])
+  left, right = [], []
+  for w, end in zip(matrices, ends, strict=True):
+    if perturbed.is_perturbed(w):
+      around = (end - w.shape[0], ends[-1] - end)
+      left.append(jnp.pad(w.scale * w.left, ((0, 0), around)))
+      right.append(w.right)
+  value = jnp.concatenate(values)
+  if not left:
+    return value
+  factors = (jnp.concatenate(x) for x in (left, right))
+  return perturbed.Perturbed(value, *factors, jnp.ones(()))
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums the last axis, kept. On a CPU, XLA has no faster sum of short rows."""
+  return _contract("...s,s->...", x, jnp.ones(x.shape[-1]))[..., None]
+
+
+def _mean(x: jax.Array) -> jax.Array:
+  return _sum(x) / x.shape[-1]
 
 
 def _normalize(x: jax.Array, layer) -> jax.Array:
@@ -71,9 +126,39 @@ def _normalize(x: jax.Array, layer) -> jax.Array:
     jnp.broadcast_to(v, x.shape) for v in perturbed.materialize(layer)
   )
   x = x.astype(jnp.float32)
-  x = x - x.mean(-1, keepdims=True)
-  variance = jnp.square(x).mean(-1, keepdims=True)
-  return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
+  x = x - _mean(x)
+  return x * jax.lax.rsqrt(_mean(x * x) + NORM_EPSILON) * scale + bias
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+  peak = jax.lax.stop_gradient(x)
+  for _ in range(_HALVINGS):
+    if peak.shape[-1] % 2 == 0:
+      peak = jnp.maximum(*jnp.split(peak, 2, axis=-1))
+  x = jnp.exp(x - peak.max(-1, keepdims=True))
+  return x / _sum(x)
+
+
+def _slots(centred: jax.Array, mean: jax.Array) -> _Slots:
+  squares = _contract("bms,bms->bm", centred, centred)
+  inverse = jax.lax.rsqrt(squares / centred.shape[-1] + NORM_EPSILON)
+  return _Slots(centred, mean, inverse)
+
+
+def _write(slots: _Slots, weights, erase, add) -> _Slots:
+  """Slots after a write with weights [B, M]; erase and add are [B, S]."""
+  centred, mean, _ = slots
+  kept = _contract("bs,bms->bm", erase, centred) / centred.shape[-1]
+  change = _mean(add) - kept - mean * _mean(erase)
+  added = add[:, None] - (centred + mean[..., None]) * erase[:, None]
+  added = weights[..., None] * (added - change[..., None])
+  return _slots(centred + added, mean + weights * change)
+
+
+def _read(slots: _Slots, weights) -> jax.Array:
+  """What heads with weights [B, R, M] read, [B, R, S]."""
+  reads = _contract("bkm,bms->bks", weights, slots.centred)
+  return reads + _contract("bkm,bm->bk", weights, slots.mean)[..., None]
 
 
 class DNC(nn.Module):
@@ -229,36 +314,52 @@ class DNC(nn.Module):
       reads=jnp.zeros((batch_size, self.num_reads * slot)),
     )
 
-  def _control(self, state, x):
+  def _layers(self):
+    """The layers of a step: what the controller reads, and what reads q."""
+    ih, hh = self.controller_in, self.controller_recurrent
+    controller = _stack(ih[0].mT, hh[0].mT), _bias(ih) + _bias(hh)
+    vectors = (
+      self.fc_write_keys,
+      self.fc_erase_vector,
+      self.fc_add_vector,
+      self.fc_read_keys,
+    )
+    # Transposed here: within the loop it would be done again in every step.
+    heads, strength = (
+      (_stack(*(weight for weight, _ in layers)).mT, _bias(*layers))
+      for layers in (vectors, (self.fc_write_strength,))
+    )
+    return controller, heads, strength
+
+  def _control(self, state, x, layer):
     """The controller's state after the input x [B, C]."""
-    gates = _affine(x, self.controller_in)
-    gates = gates + _affine(state[0], self.controller_recurrent)
+    gates = _affine(jnp.concatenate([x, state[0]], axis=-1), layer)
     if self.controller == "rnn":
       return (jnp.tanh(gates),)
     i, f, g, o = jnp.split(gates, _GATES["lstm"], axis=-1)
     c = nn.sigmoid(f) * state[1] + nn.sigmoid(i) * jnp.tanh(g)
     return nn.sigmoid(o) * jnp.tanh(c), c
 
-  def _weigh(self, keys, memory):
-    """Weightings [B, K, M] of the slots for normalised keys [B, K, S]."""
-    memory = _normalize(memory, self.memory_norm)
-    return nn.softmax(_contract("bks,bms->bkm", keys, memory))
+  def _weigh(self, keys, norm, slots):
+    """Weightings [B, K, M] of the slots for keys [B, K, S]."""
+    scale = perturbed.materialize(self.memory_norm[0])
+    keys = _normalize(keys, norm)
+    keys = keys * jnp.broadcast_to(scale, keys.shape)
+    scores = _contract("bks,bms->bkm", keys, slots.centred)
+    return _softmax(scores * slots.inverse[:, None])
 
-  def _access(self, memory, q):
+  def _access(self, slots, q, heads, strength):
     """The memory and the reads [B, R S] after one write and one read."""
     batch, slot = len(q), self.slot_width
-    key = _normalize(_affine(q, self.fc_write_keys), self.write_keys_norm)
-    strength = nn.sigmoid(_affine(q, self.fc_write_strength))
-    erase = nn.sigmoid(_affine(q, self.fc_erase_vector))[:, None, :]
-    add = jnp.tanh(_affine(q, self.fc_add_vector))[:, None, :]
-    weights = self._weigh(key[:, None, :], memory)[:, 0] * strength
-    weights = weights[:, :, None]
-    memory = memory * (1 - weights * erase) + weights * add
-
-    keys = _affine(q, self.fc_read_keys).reshape(batch, self.num_reads, slot)
-    weights = self._weigh(_normalize(keys, self.read_keys_norm), memory)
-    reads = _contract("bkm,bms->bks", weights, memory)
-    return memory, reads.reshape(batch, -1)
+    key, erase, add, keys = jnp.split(
+      _affine(q, heads), [slot, 2 * slot, 3 * slot], axis=-1
+    )
+    weights = self._weigh(key[:, None], self.write_keys_norm, slots)[:, 0]
+    weights = weights * nn.sigmoid(_affine(q, strength))
+    slots = _write(slots, weights, nn.sigmoid(erase), jnp.tanh(add))
+    keys = keys.reshape(batch, self.num_reads, slot)
+    weights = self._weigh(keys, self.read_keys_norm, slots)
+    return slots, _read(slots, weights).reshape(batch, -1)
 
   def __call__(self, carry: State, tokens: jax.Array):
     """Runs one chunk of time.
@@ -269,17 +370,23 @@ class DNC(nn.Module):
     Returns:
       The state after the chunk, and logits [B, C, V] in float32.
     """
+    gates, *others = self._layers()
 
-    def step(state, token):
+    def step(before, token):
+      controller, slots, reads = before
       x = perturbed.take(self.embed, token).astype(jnp.float32)
-      x = jnp.concatenate([x, state.reads], axis=-1)
-      controller = self._control(
-        state.controller, _normalize(x, self.input_norm)
-      )
+      x = _normalize(jnp.concatenate([x, reads], axis=-1), self.input_norm)
+      controller = self._control(controller, x, gates)
       q = _normalize(controller[0], self.controller_norm)
-      memory, reads = self._access(state.memory, q)
-      return State(controller, memory, reads), jnp.concatenate([q, reads], -1)
+      slots, reads = self._access(slots, q, *others)
+      return (controller, slots, reads), jnp.concatenate([q, reads], axis=-1)
 
-    carry, outputs = jax.lax.scan(step, carry, tokens.T)
+    mean = _mean(carry.memory)
+    slots = _slots(carry.memory - mean, mean[..., 0])
+    before = (carry.controller, slots, carry.reads)
+    (controller, slots, reads), outputs = jax.lax.scan(step, before, tokens.T)
+    memory = slots.centred + slots.mean[..., None]
     outputs = _normalize(outputs, self.pre_output_norm)
-    return carry, _affine(outputs, self.fc_proj).swapaxes(0, 1)
+    weight, _ = self.fc_proj
+    logits = _affine(outputs, (weight.mT, _bias(self.fc_proj)))
+    return State(controller, memory, reads), logits.swapaxes(0, 1)
