@@ -228,8 +228,7 @@ def test_the_gradient_of_a_score_is_that_of_the_logits(monkeypatch):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_bfloat16_keeps_perturbations_apart():
-  """Their size is below the rounding of the parameters."""
+def test_slopes_in_bfloat16_follow_those_in_float32():
   model, params = build(dtype=jnp.bfloat16)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   tokens, targets = batch(11)
@@ -245,4 +244,4 @@ def test_bfloat16_keeps_perturbations_apart():
     return float((loss(1e-2) - loss(-1e-2)) / 2e-2)
 
   true = slope(exact, wide, low_rank())
-  assert abs(slope(model, params, low_rank()) - true) < 0.3 * abs(true)
+  assert abs(slope(model, params, low_rank()) - true) < 0.1 * abs(true)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zorn_jax import directions, models, perturbed
-from zorn_jax.models import cells, inputs, population
+from zorn_jax import directions, models, perturbed, tiles
+from zorn_jax.models import cells, inputs, population, recurrent
 
 # Bounds of STYLE.md, times the square root of the longest reduction.
 ATOL = {jnp.float32: 5e-7, jnp.bfloat16: 2e-3}
@@ -566,3 +566,17 @@ def test_every_cell_has_a_name_in_the_registry():
 def test_options_that_make_no_model_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     models.Recurrent(**{"cell": "lstm", **RIGHT, **options})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_large_parameters_are_drawn_in_blocks(dtype, monkeypatch):
+  init = recurrent._scaled_normal(1 / 9)
+  key, shape = jax.random.key(0), (70, 100)
+  whole = init(key, shape, jnp.float32)
+  monkeypatch.setattr(recurrent, "_LARGE", 1)
+  monkeypatch.setattr(tiles, "largest", lambda: 2**10)
+  drawn = init(key, shape, dtype)
+  assert drawn.dtype == dtype
+  # XLA multiplies the two constants first.
+  rtol = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(drawn.astype(jnp.float32), whole, rtol=rtol)

@@ -10,7 +10,7 @@ import small
 
 from zorn_jax import build, metrics, tasks
 from zorn_jax.methods import Now
-from zorn_jax.step import init_state, train_step
+from zorn_jax.step import init_state, programs, train_step
 from zorn_jax.train_state import digest
 
 SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
@@ -123,3 +123,23 @@ def test_a_step_with_nothing_finite_changes_nothing(experiment):
   assert digest(after.params) == digest(state.params)
   assert int(values["dropped"]) == 2 * experiment.num_probes
   assert bool(after.control.exploded)
+
+
+@pytest.mark.parametrize("name", ["query", "update"])
+def test_programs_in_bfloat16_make_no_copy_of_the_parameters(name):
+  config = small.config(
+    small.ROOT / "configs" / "paper" / "lstm.py",
+    "medium",
+    batch_size=1,
+    num_probes=2,
+    model__dtype="bfloat16",
+    task__num_evaluation=4,
+  )
+  experiment = build.experiment(config)
+  parts, data = programs(experiment), experiment.task.data
+  state = parts.template
+  losses, _, aside = jax.eval_shape(parts.query, state, data)
+  args = {"query": (state, data), "update": (state, losses, aside)}[name]
+  compiled = getattr(parts, name).lower(*args).compile()
+  bytes_ = sum(2 * x.size for x in jax.tree.leaves(state.params))
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * bytes_

@@ -16,9 +16,27 @@ import jax.numpy as jnp
 from zorn_jax import types
 
 
+class _Leaf:
+  """What stands for an array: its shape and type are those of its `value`."""
+
+  value: jax.Array
+
+  @property
+  def shape(self):
+    return self.value.shape
+
+  @property
+  def ndim(self):
+    return self.value.ndim
+
+  @property
+  def dtype(self):
+    return self.value.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Perturbed:
+class Perturbed(_Leaf):
   r"""The matrix :math:`W + s \sum_r a_r b_r^T`, kept as its parts.
 
   Attributes:
@@ -32,18 +50,6 @@ class Perturbed:
   left: jax.Array
   right: jax.Array
   scale: jax.Array
-
-  @property
-  def shape(self):
-    return self.value.shape
-
-  @property
-  def ndim(self):
-    return self.value.ndim
-
-  @property
-  def dtype(self):
-    return self.value.dtype
 
   @property
   def mT(self):  # noqa: N802 (the name of `jax.Array.mT`)
@@ -60,7 +66,7 @@ class Perturbed:
   meta_fields=["draw"],
 )
 @dataclasses.dataclass(frozen=True)
-class Deferred:
+class Deferred(_Leaf):
   r"""The array :math:`W + \sum_i s_i z_i`, formed a block at a time.
 
   Attributes:
@@ -75,18 +81,6 @@ class Deferred:
   keys: types.Key
   scales: jax.Array
   draw: Callable[..., jax.Array]
-
-  @property
-  def shape(self):
-    return self.value.shape
-
-  @property
-  def ndim(self):
-    return self.value.ndim
-
-  @property
-  def dtype(self):
-    return self.value.dtype
 
   def __jax_array__(self):
     return _formed(self)
@@ -206,14 +200,14 @@ def matmul(x, w):
   total = _matmul(x, w.value)
   rank = total.ndim
   for index in range(w.left.shape[-2]):
-    left = _lift(w.left[..., index, None, :], rank)
-    right = _lift(w.right[..., index, None, :], rank)
-    inner = _sum_last(_lift(wide, rank) * left)
+    left = lift(w.left[..., index, None, :], rank)
+    right = lift(w.right[..., index, None, :], rank)
+    inner = _sum_last(lift(wide, rank) * left)
     total = total + (w.scale * inner) * right
   return total
 
 
-def _lift(x: jax.Array, rank: int) -> jax.Array:
+def lift(x: jax.Array, rank: int) -> jax.Array:
   """Adds leading axes of size one."""
   return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
@@ -252,5 +246,5 @@ def take(w, indices: jax.Array) -> jax.Array:
   rows = jnp.take(w.value, indices, axis=0, mode="clip")
   for left, right in zip(w.left, w.right, strict=True):
     coefficient = w.scale * jnp.take(left, indices, axis=0, mode="clip")
-    rows = rows + coefficient[..., None] * _lift(right, rows.ndim)
+    rows = rows + coefficient[..., None] * lift(right, rows.ndim)
   return rows

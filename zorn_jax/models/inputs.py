@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from zorn_jax import perturbed
 from zorn_jax.models import population
 from zorn_jax.models.population import Matrix, Trail
 
@@ -42,7 +43,7 @@ class Fetch(NamedTuple):
     if self.right is None or rows.coefficients is None:
       return x
     for right, coefficient in zip(self.right, rows.coefficients, strict=True):
-      x = x + right * population.lift(coefficient, right.ndim)
+      x = x + right * perturbed.lift(coefficient, right.ndim)
     return x
 
 
@@ -110,13 +111,13 @@ def of_tokens(layout: Trail, embed, axes, tokens, token_axes) -> Feed:
           x = cross[:, r]
           spare = (1,) * (second.ndim - x.ndim)
           x = x.reshape(len(x), *spare, *x.shape[1:])
-          second = second + x * population.lift(left[r], x.ndim)
+          second = second + x * perturbed.lift(left[r], x.ndim)
       found = [x for x in (left, second) if x is not None]
       return jnp.concatenate(_same(found)) if found else None
 
     rights = jnp.concatenate(_same(right)) if right else None
     if vocab <= max(batch * length, MAX_TABLE_ROWS):
-      table = _matmul(e.value, w.value).reshape(vocab, *shape)
+      table = perturbed.matmul(e.value, w.value).reshape(vocab, *shape)
       second = None
       if w.left is not None:
         second = population.multiply(layout, e.value, w.left)
@@ -157,11 +158,6 @@ def _of_each(x, tokens):
   """Rows [r, trail...] of x [r, V, trail...] for tokens [trail...]."""
   tokens = tokens[None, None]
   return jnp.take_along_axis(x, tokens, axis=1, mode="clip")[:, 0]
-
-
-def _matmul(x, w):
-  wide = jnp.promote_types(jnp.result_type(x, w), jnp.float32)
-  return jnp.matmul(x, w, preferred_element_type=wide)
 
 
 def _same(arrays):

@@ -96,13 +96,8 @@ def matrix(layout: Trail, leaf, axes) -> Matrix:
     return Matrix(perturbed.materialize(leaf))
   scale = layout.place(leaf.scale, axes.scale)
   left = layout.place(leaf.left, axes.left)
-  left = lift(scale, left.ndim) * left
+  left = perturbed.lift(scale, left.ndim) * left
   return Matrix(leaf.value, left, layout.place(leaf.right, axes.right))
-
-
-def lift(x: jax.Array, rank: int) -> jax.Array:
-  """Adds leading axes of size one."""
-  return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def array(layout: Trail, leaf, axes) -> jax.Array:
@@ -113,7 +108,7 @@ def array(layout: Trail, leaf, axes) -> jax.Array:
     return layout.place(leaf, axes)
   value, left, right = matrix(layout, leaf, axes)
   value = layout.place(value).astype(jnp.float32)
-  at = -3 - len(layout.order) + 1  # The axis of the rank.
+  at = -2 - len(layout.order)  # The axis of the rank.
   for r in range(left.shape[at]):
     a = jax.lax.index_in_dim(left, r, at, keepdims=False)
     b = jax.lax.index_in_dim(right, r, at, keepdims=False)
@@ -133,11 +128,11 @@ def multiply(layout: Trail, w, x: jax.Array) -> jax.Array:
     size += 1
   shape = x.shape[-size:]
   flat = x.reshape(*x.shape[:-size], -1)
-  wide = jnp.promote_types(jnp.result_type(w, x), jnp.float32)
   if flat.shape[-1] == 1:
     # A CPU takes five times as long for one column in bfloat16.
+    wide = jnp.promote_types(jnp.result_type(w, x), jnp.float32)
     w, flat = w.astype(wide), flat.astype(wide)
-  y = jnp.matmul(w, flat, preferred_element_type=wide)
+  y = perturbed.matmul(w, flat)
   y = y.reshape(*y.shape[:-1], *shape)
   return y.swapaxes(0, 1) if steps else y
 
@@ -150,7 +145,7 @@ def inner(layout: Trail, right: jax.Array, x: jax.Array) -> jax.Array:
   """
   axis = -1 - len(layout.order)
   rank = max(right.ndim, x.ndim)
-  right, x = lift(right, rank), lift(x, rank)
+  right, x = perturbed.lift(right, rank), perturbed.lift(x, rank)
   shape = jnp.broadcast_shapes(right.shape, x.shape)
   zero = jnp.zeros(shape[:axis] + shape[axis + 1 :], jnp.float32)
 
@@ -182,7 +177,7 @@ def correct(layout: Trail, y, left, coefficients) -> jax.Array:
       coefficients, r, coefficients.ndim + at + 1, keepdims=False
     )
     c = jnp.expand_dims(c, c.ndim - len(layout.order))
-    y = y + lift(a, y.ndim) * lift(c, y.ndim)
+    y = y + perturbed.lift(a, y.ndim) * perturbed.lift(c, y.ndim)
   return y
 
 

@@ -98,11 +98,18 @@ def compare_blocks(layout: Trail, x, weights, axes, bias, targets):
   blocks = -(-vocab // size)
   size = -(-vocab // blocks)
 
+  mixed = None
+  if perturbed.is_perturbed(weights):  # The same for all rows.
+    right = layout.place(weights.right, axes.right)
+    mixed = population.inner(layout, right, x[:, None])
+
   def of_rows(start):
     rows = perturbed.cut(weights, -2, start, size) if blocks > 1 else weights
     w = population.matrix(layout, rows, axes)
-    b = jax.lax.dynamic_slice_in_dim(bias, start, size)
-    return population.product(layout, w, x) + b[None]
+    y = population.multiply(layout, w.value, x)
+    if mixed is not None:
+      y = population.correct(layout, y, w.left, mixed)
+    return y + jax.lax.dynamic_slice_in_dim(bias, start, size)[None]
 
   if blocks == 1:
     return compare(of_rows(0), targets)
