@@ -144,8 +144,9 @@ def zero_order(
     body, _ = _split(params, names)
     estimator = make(now.epsilon)
     sums, state = estimator.blocks(losses, body, state, now.probe_key)
-    known = {name: partial(tiles.block, exact[name]) for name in names}
-    return (sums | known if names else sums), state
+    if not names:
+      return sums, state
+    return sums | jax.tree.map(lambda x: partial(tiles.block, x), exact), state
 
   # The readout needs its states and, once more, products as many as its own.
   passes = prototype.queries_per_step + 2 * readout_batches
