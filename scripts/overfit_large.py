@@ -16,7 +16,7 @@ import time
 import jax
 from absl import app, flags
 
-from zorn_jax import build
+from zorn_jax import build, cores
 from zorn_jax.bench import machine
 from zorn_jax.step import programs
 
@@ -45,15 +45,17 @@ def compiled_bytes(program, *args):
 
 def main(argv):
   del argv
+  cores.use()
   configs = runpy.run_path(str(ROOT / "configs" / "paper" / "lstm.py"))
   config = configs["get_config"](_SIZE.value)
-  config.seed, config.mesh.probe = _SEED.value, 1
+  config.seed = _SEED.value
   experiment = build.experiment(config)
   parts, data = programs(experiment), experiment.task.data
   losses, _, aside = jax.eval_shape(parts.query, parts.template, data)
   params = jax.tree.leaves(parts.template.params)
   report = {
     "machine": machine.describe() | {"command": " ".join(sys.argv)},
+    "devices": experiment.layout.mesh.size,
     "size": _SIZE.value,
     "seed": _SEED.value,
     "parameters": sum(x.size for x in params),

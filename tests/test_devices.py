@@ -12,9 +12,9 @@ import small
 from devices import collective_bytes
 from jax.sharding import AxisType, Mesh
 
-from zorn_jax import build, mesh
+from zorn_jax import build, memory, mesh
 from zorn_jax.data import Feed
-from zorn_jax.step import programs
+from zorn_jax.step import init_state, programs
 from zorn_jax.train_state import digest
 
 SLOW = pytest.mark.slow
@@ -172,12 +172,12 @@ def test_collectives_are_counted_in_all_their_forms():
   ("overrides", "message"),
   [
     (
-      {"mesh__probe": 0, "num_probes": 12},
+      {"mesh__probe": 8, "num_probes": 12},
       "8 devices cannot share 12 probes evenly. Set num_probes to 8 or 16, or "
       "mesh.probe to 6.",
     ),
     (
-      {"mesh__probe": 0, "num_probes": 3},
+      {"mesh__probe": 8, "num_probes": 3},
       "Set num_probes to 8, or mesh.probe to 3.",
     ),
     (
@@ -201,6 +201,25 @@ def test_collectives_are_counted_in_all_their_forms():
 def test_bad_meshes_are_refused(overrides, message):
   with pytest.raises(ValueError, match=message):
     programs(build.experiment(small.config(**SIZES | overrides)))
+
+
+@pytest.mark.parametrize(("num_probes", "used"), [(96, 8), (12, 6), (7, 7)])
+def test_as_many_devices_as_divide_the_probes(num_probes, used):
+  assert dict(mesh.make(num_probes).shape)["probe"] == used
+  assert dict(mesh.make(num_probes, num_devices=8).shape)["probe"] == used
+
+
+def test_a_cpu_is_not_filled_with_copies(monkeypatch):
+  config = small.config(mesh__probe=0, num_probes=8)
+  made = build.experiment(config)
+  state = jax.eval_shape(functools.partial(init_state, made))
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  for host, used in ((16 * held, 8), (16 * held - 1, 1), (None, 8)):
+    monkeypatch.setattr(memory, "host", lambda host=host: host)
+    assert build.experiment(config).layout.mesh.size == used
+  config.mesh.probe = 8
+  monkeypatch.setattr(memory, "host", lambda: 0)
+  assert build.experiment(config).layout.mesh.size == 8
 
 
 def test_back_propagation_runs_on_one_device():

@@ -21,6 +21,7 @@ LINES = (
   ("directions", "kernels"),
   ("probe_map", "perturbed", "aggregators", "tiles"),
   ("types", "processes", "lock", "memory"),
+  ("cores",),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}
 FAMILIES = {"estimators", "models", "tasks", "kernels"}

@@ -309,7 +309,7 @@ def test_devices_that_do_not_divide_the_probes(devices):
   with pytest.raises(ValueError, match="cannot share 16 probes") as real:
     build.experiment(config)
   with pytest.raises(ValueError) as abstract:
-    planned(devices)
+    planned(devices, mesh__probe=devices)
   assert str(abstract.value) == str(real.value)
   with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
     planned(8, mesh__probe=16)

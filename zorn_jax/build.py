@@ -16,6 +16,7 @@ from zorn_jax import (
   control,
   directions,
   estimators,
+  memory,
   mesh,
   methods,
   models,
@@ -24,7 +25,7 @@ from zorn_jax import (
   tasks,
 )
 from zorn_jax.probe_batch import Batching
-from zorn_jax.step import Experiment
+from zorn_jax.step import Experiment, init_state
 from zorn_jax.workdir import CONFIG_NAME
 
 _DIRECTIONS = {
@@ -79,6 +80,11 @@ def experiment(
       sense; the message names it.
   """
   try:
+    made = _experiment(config, _layout(config, one_device, num_devices))
+    if config.mesh.probe or num_devices or not _crowded(made):
+      return made
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.mesh.probe = 1
     return _experiment(config, _layout(config, one_device, num_devices))
   except (AttributeError, KeyError) as error:
     raise ValueError(
@@ -147,6 +153,15 @@ def _layout(config, one_device, num_devices):
   options |= {"num_probes": config.num_probes, "num_devices": num_devices}
   made = _call({"mesh": mesh.make}, "mesh", "mesh", options)
   return mesh.Layout(made, update)
+
+
+def _crowded(made):
+  """Whether copies of the state would fill half the memory of a CPU."""
+  devices, host = made.layout.mesh.size, memory.host()
+  if devices == 1 or jax.default_backend() != "cpu" or host is None:
+    return False
+  leaves = jax.tree.leaves(jax.eval_shape(partial(init_state, made)))
+  return 2 * devices * sum(x.size * x.dtype.itemsize for x in leaves) > host
 
 
 def _experiment(config, layout):

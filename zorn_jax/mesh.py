@@ -89,7 +89,8 @@ def make(
   Args:
     num_probes: Directions n per step, which "probe" has to divide; 0 for a
       method without any, which runs on one device.
-    probe: Devices that share the probes; 0 for as many as there are.
+    probe: Devices that share the probes; 0 for as many as there are and divide
+      them.
     data: Devices that share the rows of each batch.
     head: Devices that share a model.
     num_devices: Devices to plan for, which need not be there; 0 for those that
@@ -109,7 +110,6 @@ def make(
         f"mesh.{name} must be at least {least}, got {size}. Choose the number "
         "of devices for it."
       )
-  automatic = not probe
   if not num_probes:
     if probe > 1 or data > 1 or head > 1 or jax.process_count() > 1:
       raise ValueError(
@@ -118,8 +118,10 @@ def make(
         "to 0 and the others to 1, and start one process."
       )
     probe = 1
-  elif automatic:
+  elif not probe:
     probe = max(1, available // (data * head))
+    if jax.process_count() == 1:
+      probe = _largest_divisor(num_probes, probe)
   wanted = probe * data * head
   if wanted > available:
     raise ValueError(
@@ -129,7 +131,7 @@ def make(
   if num_probes % probe:
     below = num_probes // probe * probe
     near = f"{below} or {below + probe}" if below else f"{probe}"
-    fewer = max(k for k in range(1, probe + 1) if num_probes % k == 0)
+    fewer = _largest_divisor(num_probes, probe)
     raise ValueError(
       f"{probe} devices cannot share {num_probes} probes evenly. Set "
       f"num_probes to {near}, or mesh.probe to {fewer}."
@@ -145,6 +147,10 @@ def make(
     )
   grid = np.array(jax.devices()[:wanted]).reshape(probe, data, head)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _largest_divisor(number, most):
+  return max(k for k in range(1, most + 1) if number % k == 0)
 
 
 def put(x, place: jax.sharding.Sharding | None) -> jax.Array:

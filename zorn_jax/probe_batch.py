@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from zorn_jax import memory, plan, processes
+from zorn_jax import cores, memory, plan, processes
 from zorn_jax.data import Feed
 from zorn_jax.step import Experiment, programs
 
@@ -120,16 +120,10 @@ def choose(
 
 def choose_here(batching: Batching, noted: int = 0) -> Choice:
   """The same for the devices of this process."""
-  cores = 0
+  each = 0
   if jax.default_backend() == "cpu":
-    cores = max(1, _cores() // batching.devices)
-  return choose(batching, memory.available(batching.devices), cores, noted)
-
-
-def _cores():
-  if hasattr(os, "sched_getaffinity"):  # Linux.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+    each = max(1, cores.count() // batching.devices)
+  return choose(batching, memory.available(batching.devices), each, noted)
 
 
 def check(choice: Choice) -> None:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
+from zorn_jax import cores
+
 _PATIENCE = 60  # Seconds that processes wait for each other at the start.
 _SILENCE = 40  # Seconds after which JAX aborts the others of a frozen process.
 _NOTICE = 1  # Seconds in which an error may turn out to come from a lost one.
@@ -52,10 +54,10 @@ def started(
 ) -> Iterator[None]:
   """Makes this process one of several until the end of the `with` block.
 
-  It comes before anything that touches a device, and does nothing for a single
-  process. Without arguments SLURM, Open MPI and Kubernetes are asked whether
-  they started more than one. SIGTERM and SIGINT are then told by
-  :func:`stopping`.
+  It comes before anything that touches a device. For a single process it does
+  what :func:`zorn_jax.cores.use` does, and no more. Without arguments SLURM,
+  Open MPI and Kubernetes are asked whether they started more than one. SIGTERM
+  and SIGINT are then told by :func:`stopping`.
 
   When a process ends before its block does, the others print one line that says
   which one and why, if it could still tell, and exit with status 1, in seconds
@@ -74,6 +76,7 @@ def started(
   if place is None and num_processes is None:
     place = _from_cluster()
   if place is None:
+    cores.use()
     yield
     return
   _group = group = _Group(place, _meet(place))

@@ -115,20 +115,23 @@ def zero_order(
   direction: str = "rank one",
   probe_batch: int | None = None,
   optimizer: optax.GradientTransformation | None = None,
+  devices: int = 1,
 ) -> step.Experiment:
   """CD-RGE with SGD, unless another optimiser is given.
 
   Args:
     case: What is trained.
     direction: "rank one" or "dense", of signs.
-    probe_batch: Probes at once; None for all.
+    probe_batch: Probes at once on a device; None for all that it has.
     optimizer: Treats every parameter alone.
+    devices: How many share the probes; 0 for all that there are.
   """
+  layout = mesh.Layout(mesh.make(case.num_probes, devices))
   make = partial(
     estimators.central_difference,
     num_probes=case.num_probes,
     direction=make_direction(direction, case.model.deferred),
-    probe_map=probe_map.sequential(probe_batch),
+    probe_map=probe_map.sharded(layout.mesh, probe_batch),
   )
   method = methods.zero_order(
     case.model,
@@ -137,7 +140,7 @@ def zero_order(
     num_probes=case.num_probes,
     batch_per_probe=False,
   )
-  return _experiment(case, method, case.num_probes, EPSILON, optimizer)
+  return _experiment(case, method, layout, EPSILON, optimizer)
 
 
 def make_direction(name: str, deferred: bool = False) -> directions.Direction:
@@ -150,10 +153,10 @@ def make_direction(name: str, deferred: bool = False) -> directions.Direction:
 def bptt(case: Case, checkpoint: bool = False) -> step.Experiment:
   """Back-propagation and SGD, with chunks computed again if wanted."""
   method = methods.bptt(case.model, case.task, checkpoint=checkpoint)
-  return _experiment(case, method, 0, 0.0, None)
+  return _experiment(case, method, mesh.Layout(mesh.make(0)), 0.0, None)
 
 
-def _experiment(case, method, num_probes, epsilon, optimizer):
+def _experiment(case, method, layout, epsilon, optimizer):
   return step.Experiment(
     model=case.model,
     task=case.task,
@@ -162,7 +165,7 @@ def _experiment(case, method, num_probes, epsilon, optimizer):
     elementwise=True,
     watch=control.Watch(),
     search=None,
-    num_probes=num_probes,
+    num_probes=case.num_probes if epsilon else 0,
     peak_rate=RATE,
     rate_schedule=optax.constant_schedule(1.0),
     epsilon=epsilon,
@@ -172,7 +175,7 @@ def _experiment(case, method, num_probes, epsilon, optimizer):
     evaluate_every=1,
     checkpoint_every=1,
     log_every=1,
-    layout=mesh.Layout(mesh.make(num_probes, probe=1)),
+    layout=layout,
   )
 
 
@@ -187,7 +190,7 @@ class Step:
 
   def __init__(self, experiment: step.Experiment, state: Any = None):
     self._parts = step.programs(experiment)
-    self._data = jax.device_put(experiment.task.data)
+    self._data = mesh.put(experiment.task.data, experiment.layout.everywhere)
     self.state = self._parts.init() if state is None else state
 
   def query(self):

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from zorn_jax import cores
+
 PEERS = ("torch", "evosax")
 
 
@@ -19,7 +21,7 @@ def describe() -> dict[str, Any]:
   versions = {name: _version(name) for name in ("jax", "jaxlib", *PEERS)}
   return {
     "device": _device(),
-    "cores": cores(),
+    "cores": cores.count(),
     "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     "platform": f"{platform.system()} {platform.machine()}",
     "backend": jax.default_backend(),
@@ -28,13 +30,6 @@ def describe() -> dict[str, Any]:
     "command": " ".join(["python -m zorn_jax.cli.bench", *sys.argv[1:]]),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
   }
-
-
-def cores() -> int:
-  """Cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):  # Linux.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def installed(peer: str) -> bool:

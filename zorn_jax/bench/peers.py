@@ -5,7 +5,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from zorn_jax.bench import cases, machine
+from zorn_jax import cores
+from zorn_jax.bench import cases
 from zorn_jax.bench.cases import EPSILON, RATE, Case
 from zorn_jax.bench.jax_peer import dense_vmap_step
 from zorn_jax.bench.timing import Run
@@ -45,7 +46,7 @@ def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
 
   from zorn_jax.bench import torch_peer
 
-  torch.set_num_threads(machine.cores())
+  torch.set_num_threads(cores.count())
   on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
   device = "cuda" if on_gpu else "cpu"
   arrays = jax.tree.map(np.asarray, _params(case))

@@ -1,5 +1,6 @@
 """How the time of the queries grows with models, lengths, probes and rows."""
 
+from functools import partial
 from typing import Any
 
 from zorn_jax.bench import cases, timing
@@ -9,7 +10,7 @@ _MODELS = {
   "tiny": (64, 96),
   "small": (16, 96),
   "medium": (16, 8),
-  "large": (4, 1),
+  "large": (4, 2),
 }
 _PROBE_BATCH = 4
 _BASE = {"length": 64, "probes": 8, "batch": 32}
@@ -51,10 +52,11 @@ def run(
 
 def _of_model(name, batch, probes, peak, repeats):
   case = cases.lstm(name, batch, probes)
-  experiment = cases.zero_order(case, probe_batch=min(_PROBE_BATCH, probes))
-  query = cases.Step(experiment).query
+  size = min(_PROBE_BATCH, probes)
+  make = partial(cases.zero_order, case, probe_batch=size)
+  query = cases.Step(make(devices=0)).query
   seconds = timing.measure({name: query}, min(repeats, 3))[name]
-  flops = cases.query_flops(experiment)
+  flops = cases.query_flops(make(devices=1))
   return {
     "case": case.name,
     "parameters": cases.num_parameters(case),

@@ -103,7 +103,7 @@ def _tuned(case, direction, spec):
   first = direction == _OURS
   steps, state = {}, None
   for size in spec.probe_batches if first else spec.dense_batches:
-    experiment = cases.zero_order(case, direction, size)
+    experiment = cases.zero_order(case, direction, size, devices=0)
     steps[size] = cases.Step(experiment, state)
     state = steps[size].state
   runs = {size: step.query for size, step in steps.items()}

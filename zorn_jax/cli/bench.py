@@ -20,6 +20,7 @@ import pathlib
 
 from absl import flags
 
+from zorn_jax import cores
 from zorn_jax.bench import report
 from zorn_jax.cli import _run
 
@@ -34,6 +35,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON object.")
 
 def main(argv) -> int:
   del argv
+  cores.use()
   result = report.measure(_SUITE.value, _PEERS.value, _QUICK.value)
   text = json.dumps(result)
   if _OUTPUT.value:

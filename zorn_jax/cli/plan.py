@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from zorn_jax import build, memory, probe_batch
+from zorn_jax import build, cores, memory, probe_batch
 from zorn_jax.cli import _run
 from zorn_jax.plan import plan
 
@@ -41,11 +41,13 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 def main(argv) -> int:
   del argv
+  cores.use()
   config, devices = _CONFIG.value, _DEVICES.value
   if devices is None:
     wanted = (max(1, config.mesh[axis]) for axis in ("probe", "data", "head"))
-    devices = max(jax.device_count(), math.prod(wanted))
-  if devices < 1:
+    devices = math.prod(wanted)
+    devices = devices if devices > jax.device_count() else 0
+  elif devices < 1:
     raise ValueError(
       f"devices must be at least 1, got {devices}. Choose how many to plan for."
     )
@@ -91,10 +93,10 @@ def _available(experiment):
 
 def _text(result) -> str:
   """The figures one below the other, and tables."""
-  mesh, updates = result.pop("mesh"), result.pop("updates")
+  axes, updates = result.pop("mesh"), result.pop("updates")
   tuned = result.pop("tuned", None)
   lines = [f"{name:26} {_figure(value)}" for name, value in result.items()]
-  sizes = " x ".join(f"{size} {name}" for name, size in mesh.items())
+  sizes = " x ".join(f"{size} {name}" for name, size in axes.items())
   lines.append(f"{'mesh':26} {sizes}")
   available = result["available_bytes"]
   if available and result["peak_bytes_estimate"] > available:
