@@ -406,9 +406,9 @@ def _inner_cost(equation, over) -> Cost:
   for jaxpr in _subprograms(equation.params):
     # Of a loop, what it carries on; else the arguments that nobody else reads.
     if equation.primitive.name in ("scan", "while"):
-      params = equation.params
-      carried = params.get("num_carry", len(equation.outvars))
-      first = params.get("num_consts", len(jaxpr.invars) - carried)
+      first, carried = _carried(equation)
+      if equation.primitive.name == "while":  # Each part has its own constants.
+        first = len(jaxpr.invars) - carried
       writable = jaxpr.invars[first : first + carried]
     else:
       count = len(jaxpr.invars)
@@ -428,22 +428,30 @@ def _inner_cost(equation, over) -> Cost:
 
 def _written_over(equation):
   """Arguments, and the results that can take their places."""
-  name, params = equation.primitive.name, equation.params
-  if name == "dynamic_update_slice":
-    first = 0
-  elif name == "scan":
-    first = params["num_consts"]
-  elif name == "while":
-    first = params["cond_nconsts"] + params["body_nconsts"]
+  if equation.primitive.name == "dynamic_update_slice":
+    first, count = 0, 1
+  elif equation.primitive.name in ("scan", "while"):
+    first, count = _carried(equation)
   else:
     return []
-  count = params.get("num_carry", len(equation.outvars))
   carried = equation.invars[first : first + count]
   return [
     (old, new)
     for old, new in zip(carried, equation.outvars, strict=False)
     if not isinstance(old, core.Literal)
   ]
+
+
+def _carried(equation):
+  """Of a loop's arguments, the first that is carried on, and how many are."""
+  params = equation.params
+  if equation.primitive.name == "while":
+    constants = params["cond_nconsts"] + params["body_nconsts"]
+    return constants, len(equation.outvars)
+  if "ft_in" in params:  # jax 0.11 and later.
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
+  return params["num_consts"], params["num_carry"]
 
 
 def _subprograms(params):
