@@ -1,0 +1,267 @@
+"""An LSTM layer over time, alone or as a population of perturbed members.
+
+The input is projected before; what is left is the recurrence, which costs a
+launch or two a token where XLA runs it, and one launch for all tokens where the
+kernel does. Other cells have no kernel: models run them by XLA.
+"""
+
+import time
+import warnings
+
+import jax
+from absl import logging
+
+from zorn_jax.kernels import lstm_triton, lstm_xla
+from zorn_jax.kernels.arguments import (
+  Arguments,
+  Dense,
+  Lookup,
+  LowRank,
+  check,
+)
+from zorn_jax.kernels.lstm_triton import Config
+
+OUTPUTS = ("all", "last", "none")
+IMPLEMENTATIONS = (None, "xla", "triton")
+_AMPERE = 8.0  # Compute capability.
+
+# What `tune` found: the key of a call -> its config.
+_TUNED: dict[tuple, Config] = {}
+_LOGGED: set[str] = set()
+
+
+def lstm(
+  x_proj: jax.Array | Lookup,
+  r: jax.Array,
+  b: jax.Array,
+  carry: tuple[jax.Array, jax.Array],
+  *,
+  perturbation: Dense | LowRank | None = None,
+  output: str = "all",
+  implementation: str | None = None,
+  config: Config | None = None,
+  interpret: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+  """Runs block-diagonal heads over the tokens of a chunk.
+
+      c = σ(f) c + σ(i) tanh(z),  h = σ(o) tanh(c),  (i, f, z, o) = x + b + R h
+
+  With a perturbation there are P directions with S members each, whose
+  recurrent matrices R + scales[s] Z are nowhere stored; their carries have the
+  axes [P, S] in front, and so have x_proj and perhaps b.
+
+  Args:
+    x_proj: The projected input [B, T, N, G, D] without bias, of G = 4 gates
+      i, f, z, o; float32 or bfloat16. Or a :class:`Lookup` of it by tokens,
+      for which nothing of this size is made.
+    r: Recurrent matrices [G, N, D, D], out by in; float32 or bfloat16. The h
+      that they multiply is rounded to their type; sums are float32.
+    b: Biases [G, N, D].
+    carry: h and c before the chunk, float32 [B, N, D].
+    perturbation: Of `r`: :class:`Dense`, :class:`LowRank` or None.
+    output: "all" for each token's h, "last" for the last one's, "none" for
+      nothing but the carry.
+    implementation: "xla", "triton", or None for the kernel where it runs, on
+      CUDA GPUs from Ampere, and XLA elsewhere; the log says which.
+    config: How the kernel is cut up; None for what `tune` found, or else a
+      table's.
+    interpret: Whether Pallas interprets the kernel, to test it without a GPU.
+  Returns:
+    The carry after the chunk; and h of r's type, [B, T, N, D] or [B, N, D], or
+    None.
+  Raises:
+    ValueError: If shapes or types disagree, a choice is unknown, or "triton" is
+      asked for what the kernel cannot do.
+  Guarantees: the signs are those of `directions.signs`, to the bit. Under
+    `vmap` the kernel gets one more axis of programs, and one such map is all
+    that fits a GPU's grid; `shard_map` takes check_vma=False.
+  References: arXiv:2412.07752 (heads in one launch); arXiv:2505.17852.
+  """
+  for name, value, known in (
+    ("output", output, OUTPUTS),
+    ("implementation", implementation, IMPLEMENTATIONS),
+  ):
+    if value not in known:
+      choices = ", ".join(map(str, known))
+      raise ValueError(f"unknown {name} {value!r}. Choose one of {choices}.")
+  args = check(x_proj, r, b, carry, perturbation)
+  if implementation is None:
+    implementation = _choose(args)
+  keep = output == "all"
+  if implementation == "xla":
+    h, c, all_h = lstm_xla.run(args, keep)
+  else:
+    h, c, all_h = _run_triton(args, keep, config, interpret)
+  lead = carry[0].shape[:-3]
+  apart = lambda x: x.reshape(*lead, *x.shape[1:])
+  made = apart(h).astype(r.dtype) if output == "last" else None
+  if all_h is not None:
+    made = apart(all_h)
+  return (apart(h), apart(c)), made
+
+
+def _run_triton(args, keep, config, interpret):
+  reason = _unsupported(args)
+  if reason:
+    raise ValueError(reason)
+  if interpret:
+    warnings.warn(
+      "the LSTM kernel is interpreted, which is for tests and takes many times "
+      "as long. Leave out interpret=True.",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+  elif jax.default_backend() == "gpu":
+    reason = _old_device()
+    if reason:
+      raise ValueError(reason)
+  config = config or _TUNED.get(_key(args)) or lstm_triton.config_of(args)
+  _check_config(config)
+  return lstm_triton.run(args, keep, config, interpret)
+
+
+def _choose(args: Arguments) -> str:
+  """The implementation for this device and these arguments."""
+  device = jax.default_backend()
+  reason = None if device == "gpu" else f"the device is a {device.upper()}"
+  reason = reason or _old_device() or _unsupported(args)
+  if reason:
+    _log(f"LSTM by XLA, because {reason}")
+    return "xla"
+  _log("LSTM by the Triton kernel")
+  return "triton"
+
+
+def _log(text):
+  if text not in _LOGGED:
+    _LOGGED.add(text)
+    logging.info(text)
+
+
+def _old_device() -> str | None:
+  """Why the default device, a GPU, cannot run the kernel."""
+  device = jax.local_devices()[0]
+  capability = getattr(device, "compute_capability", None)
+  try:
+    if float(capability) >= _AMPERE:
+      return None
+  except (TypeError, ValueError):
+    pass
+  return (
+    "the kernel needs an NVIDIA GPU of compute capability 8.0 (Ampere) or "
+    f"newer, got {capability} ({device.device_kind}). Choose "
+    "implementation='xla'."
+  )
+
+
+def _unsupported(args: Arguments) -> str | None:
+  """Why the kernel cannot take these arguments."""
+  head, widest = args.h.shape[-1], lstm_triton.MAX_WIDTH
+  if head > widest:
+    return (
+      f"the kernel holds heads of width 1 to {widest}, got {head}. Choose more "
+      "heads, or implementation='xla'."
+    )
+  if isinstance(args.perturbation, LowRank):
+    rank, most = args.perturbation.left.shape[3], lstm_triton.MAX_RANK
+    if not 1 <= rank <= most:
+      return (
+        f"the kernel takes perturbations of rank 1 to {most}, got {rank}. "
+        "Choose another rank, or implementation='xla'."
+      )
+  return None
+
+
+def _check_config(config: Config) -> None:
+  for name, least in (("rows", 16), ("units", 32), ("depth", 32), ("warps", 1)):
+    value = getattr(config, name)
+    if value < least or value & (value - 1):
+      raise ValueError(
+        f"{name} of a config must be a power of two from {least} on, got "
+        f"{value}. Leave out `config` for the table's."
+      )
+
+
+def _key(args: Arguments) -> tuple:
+  """What configs depend on."""
+  members, batch, _, head = args.h.shape
+  given = args.perturbation
+  return (
+    jax.devices()[0].device_kind,
+    head,
+    members,
+    batch,
+    args.r.dtype.name,
+    type(given).__name__,
+    given.left.shape[3] if isinstance(given, LowRank) else 0,
+    str(jax.config.jax_default_matmul_precision),
+  )
+
+
+def tune(
+  x_proj,
+  r,
+  b,
+  carry,
+  *,
+  perturbation=None,
+  output: str = "all",
+  candidates: tuple[Config, ...] | None = None,
+  repeats: int = 5,
+) -> dict[Config, float]:
+  """Times a handful of configs on the GPU, and keeps the fastest.
+
+  Later calls of :func:`lstm` in this process, of the same widths, rows, members
+  and types, take it.
+
+  Args:
+    x_proj: As of :func:`lstm`, and so are r, b, carry, perturbation, output.
+    r: See there.
+    b: See there.
+    carry: See there.
+    perturbation: See there.
+    output: See there.
+    candidates: What is tried; None for some around the table's.
+    repeats: Runs of each, of which the least counts.
+  Returns:
+    The seconds of each config that compiled, the fastest first.
+  Raises:
+    ValueError: If no config compiled.
+  """
+  args = check(x_proj, r, b, carry, perturbation)
+  if candidates is None:
+    candidates = lstm_triton.candidates(args)
+  seconds = {}
+  for candidate in candidates:
+
+    def run(x_proj, r, b, carry, perturbation, config=candidate):
+      return lstm(
+        x_proj,
+        r,
+        b,
+        carry,
+        perturbation=perturbation,
+        output=output,
+        implementation="triton",
+        config=config,
+      )
+
+    try:
+      program = jax.jit(run)
+      jax.block_until_ready(program(x_proj, r, b, carry, perturbation))
+    except jax.errors.JaxRuntimeError as error:  # It needs too much memory.
+      _log(f"LSTM config {candidate} failed: {str(error)[:200]}")
+      continue
+    times = []
+    for _ in range(repeats):
+      start = time.perf_counter()
+      jax.block_until_ready(program(x_proj, r, b, carry, perturbation))
+      times.append(time.perf_counter() - start)
+    seconds[candidate] = min(times)
+  if not seconds:
+    raise ValueError(
+      f"none of {len(candidates)} configs compiled. Choose smaller tiles."
+    )
+  ranked = dict(sorted(seconds.items(), key=lambda item: item[1]))
+  _TUNED[_key(args)] = next(iter(ranked))
+  return ranked

@@ -1,0 +1,593 @@
+"""The LSTM over time in one launch, by Pallas for Triton.
+
+A program holds one head and a block of rows of a member for all T tokens, so
+that no two programs ever wait for each other.
+
+resident  The weights of the head are loaded and perturbed once, and stay in
+          registers or shared memory; so do h and c.
+streamed  Tiles of the weights come from the L2 cache at every step, and h lies
+          in a buffer of the program's own, written and read between barriers.
+          All members of a dense direction are in one program, and share each
+          tile and its signs.
+
+Rows, units and inputs are padded to tiles by masks: padded weights and inputs
+are zero, and keep padded h and c at zero.
+"""
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from zorn_jax.kernels import threefry
+from zorn_jax.kernels.arguments import GATES, Arguments, Dense
+
+MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
+MAX_RANK = 16
+_BITS = 32
+
+
+class Config(NamedTuple):
+  """How a kernel is cut up.
+
+  Attributes:
+    resident: Whether the weights stay on the chip.
+    rows: Rows of the batch in a program, a power of two, at least 16.
+    units: Outputs in a tile, a power of two, at least 32.
+    depth: Inputs in a tile of streamed weights, a power of two, at least 32;
+      resident ones have `units`.
+    warps: Of 32 threads.
+    stages: Tiles under way at once, of streamed weights.
+    prefetch: Whether resident programs load the inputs a token ahead.
+  """
+
+  resident: bool
+  rows: int
+  units: int
+  depth: int
+  warps: int
+  stages: int
+  prefetch: bool
+
+
+class _Layout(NamedTuple):
+  """What is known of a call when it is compiled."""
+
+  batch: int
+  length: int
+  heads: int
+  head: int
+  dtype: Any
+  config: Config
+  looked_up: bool  # Whether x is a table.
+  own_x: bool  # Each member's, as are tokens and bias.
+  own_tokens: bool
+  own_bias: bool
+  perturbation: str  # "", "dense" or "low rank".
+  scales: int
+  rank: int
+  keep: bool
+  precision: Any
+  interpret: bool
+
+  @property
+  def blocks(self):
+    return -(-self.batch // self.config.rows)
+
+  @property
+  def together(self):
+    """Whether a program holds all members of a direction."""
+    return self.perturbation == "dense" and not self.config.resident
+
+  @property
+  def tiles(self):
+    """Of a resident head: powers of two, the largest first."""
+    start, tiles = 0, []
+    while start < self.head:
+      left = -(-(self.head - start) // _BITS) * _BITS
+      size = min(self.config.units, 1 << (left.bit_length() - 1))
+      tiles.append(_Tile(start, size))
+      start += size
+    return tiles
+
+  @property
+  def padded(self):
+    """Where the last tile of units ends."""
+    if self.config.resident:
+      last = self.tiles[-1]
+      return last.start + last.size
+    return -(-self.head // self.config.units) * self.config.units
+
+  @property
+  def factors(self):
+    """Factors of all gates, padded to what a product takes."""
+    return max(16, 1 << (GATES * self.rank - 1).bit_length())
+
+
+def run(args: Arguments, keep: bool, config: Config, interpret: bool):
+  """As `lstm_xla.run`, by the kernel.
+
+  Args:
+    args: Of all members.
+    keep: Whether all h are wanted.
+    config: Of the kernel.
+    interpret: Whether Pallas interprets it, for tests.
+  Returns:
+    h and c after the last token, float32 [M, B, N, D]; and all h, of r's type
+    [M, B, T, N, D], or None.
+  """
+  members, batch, heads, head = args.h.shape
+  length, given = args.length, args.perturbation
+  looked_up = args.tokens is not None
+  layout = _Layout(
+    batch=batch,
+    length=length,
+    heads=heads,
+    head=head,
+    dtype=args.r.dtype,
+    config=config,
+    looked_up=looked_up,
+    own_x=max(len(args.x), len(args.b) if looked_up else 1) > 1,
+    own_tokens=args.tokens is not None and len(args.tokens) > 1,
+    own_bias=len(args.b) > 1,
+    perturbation=_name(given),
+    scales=1 if given is None else len(given.scales),
+    rank=0
+    if given is None or isinstance(given, Dense)
+    else given.left.shape[3],
+    keep=keep,
+    precision=_precision(args.r.dtype, interpret),
+    interpret=interpret,
+  )
+  inputs = {"x": args.x, "r": args.r, "b": args.b, "h0": args.h, "c0": args.c}
+  if args.tokens is not None:
+    inputs |= {"x": _table(args, layout.padded), "tokens": args.tokens}
+    del inputs["b"]
+  if isinstance(given, Dense):
+    drawn = given.key_data if config.resident else _words(args.r.shape, given)
+    inputs |= {"scales": given.scales, "drawn": drawn}
+  elif given is not None:
+    inputs |= given._asdict()
+  struct = jax.ShapeDtypeStruct
+  state = struct((members, batch, heads, head), jnp.float32)
+  outputs = {"h": state, "c": state}
+  if keep:
+    outputs["all_h"] = struct(
+      (members, batch, length, heads, head), layout.dtype
+    )
+  if not config.resident:
+    tile = max(config.depth, config.units)
+    width = -(-head // tile) * tile
+    buffer = (members, heads, layout.blocks, 2, config.rows, width)
+    outputs["buffer"] = struct(buffer, layout.dtype)
+  programs = members // layout.scales if layout.together else members
+  names = (*inputs, *outputs)
+  call = pl.pallas_call(
+    functools.partial(_body, layout=layout, names=names),
+    grid=(heads * layout.blocks, programs),
+    out_shape=list(outputs.values()),
+    compiler_params=pltriton.CompilerParams(
+      num_warps=config.warps, num_stages=config.stages
+    ),
+    interpret=interpret,
+    name="lstm_resident" if config.resident else "lstm_streamed",
+  )
+  with warnings.catch_warnings():
+    # jax 0.11 and later say that the Triton backend will go.
+    warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
+    made = dict(zip(outputs, call(*inputs.values()), strict=True))
+  return made["h"], made["c"], made.get("all_h")
+
+
+def _table(args, width):
+  """The table with the biases, and rows that end where the last tile does."""
+  table, b = args.x, args.b.astype(jnp.float32).swapaxes(1, 2)
+  table = (table + b[:, None]).astype(jnp.promote_types(table.dtype, b.dtype))
+  padding = [(0, 0)] * (table.ndim - 1) + [(0, width - table.shape[-1])]
+  return jnp.pad(table, padding)
+
+
+def _name(given):
+  if given is None:
+    return ""
+  return "dense" if isinstance(given, Dense) else "low rank"
+
+
+def _words(shape, given):
+  """The words of all signs, uint32 [P, G, N, D, W]: one bit a weight."""
+  keys = jax.random.wrap_key_data(given.key_data, impl="threefry2x32")
+  stored = (*shape[:-1], -(-shape[-1] // _BITS))
+  return jax.vmap(lambda key: jax.random.bits(key, stored, jnp.uint32))(keys)
+
+
+def _precision(dtype, interpret):
+  """Of float32 products: TF32, or three of them, which is float32's."""
+  if dtype != jnp.float32:
+    return None
+  if interpret:
+    return jax.lax.Precision.HIGHEST
+  chosen = str(jax.config.jax_default_matmul_precision)
+  if exact_float32(chosen):
+    return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+  return jax.lax.DotAlgorithmPreset.TF32_TF32_F32
+
+
+def exact_float32(chosen: str) -> bool:
+  """Whether `jax_default_matmul_precision` rules TF32 out."""
+  return chosen in ("highest", "float32", "F32_F32_F32", "TF32_TF32_F32_X3")
+
+
+def config_of(args: Arguments) -> Config:
+  """The table: a config by width, type, perturbation and rows."""
+  members, batch, _, head = args.h.shape
+  exact = exact_float32(str(jax.config.jax_default_matmul_precision))
+  return choose(
+    head, members, batch, args.r.dtype, _name(args.perturbation), exact
+  )
+
+
+def choose(
+  head: int, members: int, batch: int, dtype, perturbation: str, exact: bool
+) -> Config:
+  """The config of `config_of`.
+
+  Args:
+    head: Width D of a head.
+    members: Number M.
+    batch: Rows B of each.
+    dtype: Of the weights.
+    perturbation: "", "dense" or "low rank".
+    exact: Whether float32 products may not be TF32.
+  """
+  del members
+  return Config(True, 64, 32, 32, 4, 1, False)
+
+
+class _Tile(NamedTuple):
+  """Neighbouring units, or inputs, of a head; the last may not be there."""
+
+  start: Any
+  size: int
+
+  @property
+  def places(self):
+    return self.start + jnp.arange(self.size)
+
+  @property
+  def columns(self):
+    return self.places[None, :]
+
+
+class _Program:
+  """One program: where its arrays lie, and how tiles of them are read."""
+
+  def __init__(self, layout: _Layout, refs: dict[str, Any]):
+    self.layout = layout
+    self.__dict__.update(refs)
+    place, group = pl.program_id(0), pl.program_id(1)
+    self.head, self.block = place // layout.blocks, place % layout.blocks
+    self.rows = self.block * layout.config.rows + jnp.arange(layout.config.rows)
+    if layout.together:
+      self.direction, self.turns = group, range(layout.scales)
+    else:  # Which of a direction's members it is, the program alone knows.
+      self.direction = group // layout.scales
+      self.turns = (group % layout.scales,)
+
+  def member(self, turn):
+    return self.direction * self.layout.scales + turn
+
+  def scale(self, turn):
+    return self.scales[turn]
+
+  def present(self, units: _Tile):
+    """Which rows and units of a tile are there."""
+    batch, head = self.layout.batch, self.layout.head
+    return (self.rows < batch)[:, None] & (units.places < head)[None, :]
+
+  def _of_state(self, turn, units):
+    return self.member(turn), self.rows[:, None], self.head, units.columns
+
+  def load_state(self, ref, turn, units):
+    """A tile [rows, units] of h or c."""
+    at = ref.at[self._of_state(turn, units)]
+    return pltriton.load(at, mask=self.present(units), other=0)
+
+  def store_state(self, ref, turn, units, value, when=None):
+    at = ref.at[self._of_state(turn, units)]
+    mask = self.present(units)
+    pltriton.store(at, value, mask=mask if when is None else mask & when)
+
+  def store_output(self, turn, t, units, h):
+    if not self.layout.keep:
+      return
+    place = (self.member(turn), self.rows[:, None], t, self.head, units.columns)
+    h = h.astype(self.layout.dtype)
+    pltriton.store(self.all_h.at[place], h, mask=self.present(units))
+
+  def tokens_at(self, turn, t):
+    """The tokens of all rows, [rows, 1]; None for inputs that have none."""
+    if not self.layout.looked_up:
+      return None
+    member = self.member(turn) if self.layout.own_tokens else 0
+    at = self.tokens.at[member, self.rows, t]
+    tokens = pltriton.load(at, mask=self.rows < self.layout.batch, other=0)
+    return tokens[:, None]
+
+  def inputs(self, turn, t, units, tokens):
+    """A token's tiles of each gate, of the type they are stored in."""
+    member = self.member(turn) if self.layout.own_x else 0
+    if self.layout.looked_up:
+      front, mask = (member, tokens), None
+    else:
+      front, mask = (member, self.rows[:, None], t), self.present(units)
+    ats = [
+      self.x.at[(*front, self.head, gate, units.columns)]
+      for gate in range(GATES)
+    ]
+    if mask is None:
+      return [pltriton.load(at) for at in ats]
+    return [pltriton.load(at, mask=mask, other=0) for at in ats]
+
+  def biases(self, turn, units):
+    if self.layout.looked_up:  # They are in the table.
+      return [0.0] * GATES
+    member = self.member(turn) if self.layout.own_bias else 0
+    mask = units.places < self.layout.head
+    loaded = [
+      pltriton.load(
+        self.b.at[member, gate, self.head, units.places], mask=mask, other=0
+      )
+      for gate in range(GATES)
+    ]
+    return [b.astype(jnp.float32)[None, :] for b in loaded]
+
+  def weights(self, gate, units: _Tile, source: _Tile):
+    """A tile [units, source] of R, for each member of the program."""
+    rows, columns = units.places[:, None], source.columns
+    mask = (rows < self.layout.head) & (columns < self.layout.head)
+    at = self.r.at[gate, self.head, rows, columns]
+    tile = pltriton.load(at, mask=mask, other=0)
+    if self.layout.perturbation != "dense":
+      return [tile] * len(self.turns)
+    tile = tile.astype(jnp.float32)
+    z = jnp.where(mask, self._signs(gate, rows, source), 0.0)
+    return [
+      (tile + self.scale(turn) * z).astype(self.layout.dtype)
+      for turn in self.turns
+    ]
+
+  def _signs(self, gate, rows, source):
+    layout = self.layout
+    stored = -(-layout.head // _BITS)  # Words of a row of R.
+    words = source.start // _BITS + jnp.arange(source.size // _BITS)
+    words = words[None, :]
+    if not layout.config.resident:
+      mask = (rows < layout.head) & (words < stored)
+      at = self.drawn.at[self.direction, gate, self.head, rows, words]
+      return threefry.unpack(pltriton.load(at, mask=mask, other=0))
+    row = (gate * layout.heads + self.head) * layout.head + rows
+    index = (row * stored + words).astype(jnp.uint32)
+    key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
+    return threefry.unpack(threefry.word(key, index))
+
+  def _factor(self, ref, units, gate=None):
+    """[factors, units], of all gates or with those of others zero."""
+    layout = self.layout
+    index = jnp.arange(layout.factors)[:, None]
+    owner, places = index // layout.rank, units.columns
+    there = owner < GATES if gate is None else owner == gate
+    owner = jnp.minimum(owner, GATES - 1)
+    at = ref.at[self.direction, owner, self.head, index % layout.rank, places]
+    mask = there & (places < layout.head)
+    return pltriton.load(at, mask=mask, other=0).astype(jnp.float32)
+
+  def left_of(self, turn, gate, units):
+    return self.scale(turn) * self._factor(self.left, units, gate)
+
+  def right_of(self, source):
+    return self._factor(self.right, source)
+
+  def multiply(self, h, weights):
+    """h [rows, source] times a tile [units, source], transposed."""
+    return _dot(h, weights, 1, self.layout.precision)
+
+  def mix(self, h, right):
+    """right · h, of all factors, [rows, factors]."""
+    return _dot(h.astype(jnp.float32), right, 1, self._of_factors)
+
+  def correct(self, mixed, left):
+    return _dot(mixed, left, 0, self._of_factors)
+
+  @property
+  def _of_factors(self):
+    if self.layout.interpret:
+      return jax.lax.Precision.HIGHEST
+    return self.layout.precision or jax.lax.DotAlgorithmPreset.TF32_TF32_F32
+
+  def cell(self, gates, c):
+    """h and c, of the sums of the gates."""
+    layout = self.layout
+    if layout.dtype == jnp.float32 or layout.interpret:
+      tanh, sigmoid = jnp.tanh, jax.nn.sigmoid
+    else:  # Its error is 2^-11, a quarter of what rounding h will add.
+      tanh = pltriton.approx_tanh
+      sigmoid = lambda x: 0.5 * tanh(0.5 * x) + 0.5
+    i, f, z, o = gates
+    c = sigmoid(f) * c + sigmoid(i) * tanh(z)
+    return sigmoid(o) * tanh(c), c
+
+
+def _dot(a, b, axis, precision):
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((1,), (axis,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _body(*refs, layout: _Layout, names: tuple[str, ...]):
+  program = _Program(layout, dict(zip(names, refs, strict=True)))
+  (_resident if layout.config.resident else _streamed)(program)
+
+
+def _resident(program: _Program):
+  layout, config, tiles = (
+    program.layout,
+    program.layout.config,
+    program.layout.tiles,
+  )
+  (turn,) = program.turns
+  gates = range(GATES)
+  weights = [
+    [[program.weights(g, units, k)[0] for k in tiles] for g in gates]
+    for units in tiles
+  ]
+  biases = [program.biases(turn, units) for units in tiles]
+  left = right = None
+  if layout.rank:
+    right = [program.right_of(k) for k in tiles]
+    left = [[program.left_of(turn, g, units) for g in gates] for units in tiles]
+
+  def load(t):
+    tokens = program.tokens_at(turn, t)
+    return [program.inputs(turn, t, units, tokens) for units in tiles]
+
+  def step(t, carry):
+    h, c, x = carry
+    ahead = x
+    if config.prefetch:
+      ahead = load(jnp.minimum(t + 1, layout.length - 1))
+    else:
+      tokens = program.tokens_at(turn, t)
+    h = [tile.astype(layout.dtype) for tile in h]
+    mixed = None
+    if right is not None:
+      mixed = sum(
+        map(program.mix, h[1:], right[1:]), program.mix(h[0], right[0])
+      )
+    new_h, new_c = [], []
+    for index, units in enumerate(tiles):
+      given = (
+        x[index] if config.prefetch else program.inputs(turn, t, units, tokens)
+      )
+      sums = [
+        x.astype(jnp.float32) + b
+        for x, b in zip(given, biases[index], strict=True)
+      ]
+      for k, tile in enumerate(h):
+        for g in gates:
+          sums[g] += program.multiply(tile, weights[index][g][k])
+      if left is not None:
+        for g in gates:
+          sums[g] += program.correct(mixed, left[index][g])
+      made, kept = program.cell(sums, c[index])
+      program.store_output(turn, t, units, made)
+      new_h.append(made)
+      new_c.append(kept)
+    return new_h, new_c, ahead
+
+  h, c = (
+    [program.load_state(ref, turn, units) for units in tiles]
+    for ref in (program.h0, program.c0)
+  )
+  carry = h, c, load(0) if config.prefetch else []
+  h, c, _ = jax.lax.fori_loop(0, layout.length, step, carry)
+  for units, tile, kept in zip(tiles, h, c, strict=True):
+    program.store_state(program.h, turn, units, tile)
+    program.store_state(program.c, turn, units, kept)
+
+
+def _streamed(program: _Program):
+  layout, config, turns = program.layout, program.layout.config, program.turns
+  count = lambda size: -(-layout.head // size)
+  units_at = lambda index: _Tile(index * config.units, config.units)
+  source_at = lambda index: _Tile(index * config.depth, config.depth)
+  rows = jnp.arange(config.rows)[:, None]
+
+  def buffered(turn, which, tile):
+    """Where the product finds h, in the buffer read at even or odd steps."""
+    place = program.member(turn), program.head, program.block, which
+    return program.buffer.at[(*place, rows, tile.columns)]
+
+  def begin(index, _):
+    tile = source_at(index)
+    for turn in turns:
+      h = program.load_state(program.h0, turn, tile)
+      c = program.load_state(program.c0, turn, tile)
+      pltriton.store(buffered(turn, 0, tile), h.astype(layout.dtype))
+      pltriton.store(buffered(turn, 1, tile), jnp.zeros(h.shape, layout.dtype))
+      program.store_state(program.c, turn, tile, c)
+    return 0
+
+  def step(t, _):
+    _wait(layout)
+    tokens = [program.tokens_at(turn, t) for turn in turns]
+
+    def mix(index, mixed):
+      tile = source_at(index)
+      right = program.right_of(tile)
+      return [
+        total + program.mix(pltriton.load(buffered(turn, t % 2, tile)), right)
+        for turn, total in zip(turns, mixed, strict=True)
+      ]
+
+    mixed = []
+    if layout.rank:
+      zeros = jnp.zeros((config.rows, layout.factors), jnp.float32)
+      nothing = [zeros for _ in turns]
+      mixed = jax.lax.fori_loop(0, count(config.depth), mix, nothing)
+
+    def tile_of_units(index, _):
+      units = units_at(index)
+
+      def add(index, sums):
+        source = source_at(index)
+        h = [pltriton.load(buffered(s, t % 2, source)) for s in turns]
+        sums = [list(total) for total in sums]
+        for g in range(GATES):
+          weights = program.weights(g, units, source)
+          for s in range(len(turns)):
+            sums[s][g] += program.multiply(h[s], weights[s])
+        return sums
+
+      zeros = jnp.zeros((config.rows, config.units), jnp.float32)
+      nothing = [[zeros] * GATES for _ in turns]
+      sums = jax.lax.fori_loop(0, count(config.depth), add, nothing)
+      for s, turn in enumerate(turns):
+        for g in range(GATES if layout.rank else 0):
+          left = program.left_of(turn, g, units)
+          sums[s][g] += program.correct(mixed[s], left)
+        given = zip(
+          program.inputs(turn, t, units, tokens[s]),
+          program.biases(turn, units),
+          strict=True,
+        )
+        gates = [
+          x.astype(jnp.float32) + b + y
+          for (x, b), y in zip(given, sums[s], strict=True)
+        ]
+        h, c = program.cell(gates, program.load_state(program.c, turn, units))
+        narrow = h.astype(layout.dtype)
+        pltriton.store(buffered(turn, (t + 1) % 2, units), narrow)
+        program.store_state(program.c, turn, units, c)
+        program.store_output(turn, t, units, h)
+        last = t == layout.length - 1
+        program.store_state(program.h, turn, units, h, last)
+      return 0
+
+    return jax.lax.fori_loop(0, count(config.units), tile_of_units, 0)
+
+  jax.lax.fori_loop(0, count(config.depth), begin, 0)
+  jax.lax.fori_loop(0, layout.length, step, 0)
+
+
+def _wait(layout):
+  """Until all warps of the program are here, and see what was stored."""
+  if not layout.interpret:
+    pltriton.debug_barrier()
