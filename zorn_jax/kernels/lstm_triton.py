@@ -96,11 +96,12 @@ class _Layout(NamedTuple):
 
   @property
   def padded(self):
-    """Where the last tile of units ends."""
+    """Where the last tile ends."""
     if self.config.resident:
       last = self.tiles[-1]
       return last.start + last.size
-    return -(-self.head // self.config.units) * self.config.units
+    tile = max(self.config.units, self.config.depth)
+    return -(-self.head // tile) * tile
 
   @property
   def factors(self):
@@ -143,15 +144,24 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     precision=_precision(args.r.dtype, interpret),
     interpret=interpret,
   )
-  inputs = {"x": args.x, "r": args.r, "b": args.b, "h0": args.h, "c0": args.c}
-  if args.tokens is not None:
-    inputs |= {"x": _table(args, layout.padded), "tokens": args.tokens}
-    del inputs["b"]
+  # What is small ends where the last tile does: its loads need no mask.
+  width = layout.padded
+  inputs = {"r": _pad(args.r, width, width), "h0": args.h, "c0": args.c}
+  if looked_up:
+    table = args.x + args.b.astype(jnp.float32).swapaxes(1, 2)[:, None]
+    inputs |= {"x": _pad(table, width), "tokens": args.tokens}
+  else:
+    inputs |= {"x": args.x, "b": _pad(args.b, width)}
   if isinstance(given, Dense):
-    drawn = given.key_data if config.resident else _words(args.r.shape, given)
+    drawn = given.key_data
+    if not config.resident:
+      drawn = _words(args.r.shape, given)
+      drawn = _pad(drawn, width, width // _BITS)
     inputs |= {"scales": given.scales, "drawn": drawn}
   elif given is not None:
-    inputs |= given._asdict()
+    wide = lambda x: _pad(x.astype(jnp.float32), width)
+    inputs |= {"left": wide(given.left), "right": wide(given.right)}
+    inputs["scales"] = given.scales
   struct = jax.ShapeDtypeStruct
   state = struct((members, batch, heads, head), jnp.float32)
   outputs = {"h": state, "c": state}
@@ -160,8 +170,6 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
       (members, batch, length, heads, head), layout.dtype
     )
   if not config.resident:
-    tile = max(config.depth, config.units)
-    width = -(-head // tile) * tile
     buffer = (members, heads, layout.blocks, 2, config.rows, width)
     outputs["buffer"] = struct(buffer, layout.dtype)
   programs = members // layout.scales if layout.together else members
@@ -183,12 +191,14 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   return made["h"], made["c"], made.get("all_h")
 
 
-def _table(args, width):
-  """The table with the biases, and rows that end where the last tile does."""
-  table, b = args.x, args.b.astype(jnp.float32).swapaxes(1, 2)
-  table = (table + b[:, None]).astype(jnp.promote_types(table.dtype, b.dtype))
-  padding = [(0, 0)] * (table.ndim - 1) + [(0, width - table.shape[-1])]
-  return jnp.pad(table, padding)
+def _pad(x, *sizes):
+  """Zeros behind the last axes, up to these sizes."""
+  padding = [(0, 0)] * (x.ndim - len(sizes))
+  padding += [
+    (0, size - had)
+    for size, had in zip(sizes, x.shape[-len(sizes) :], strict=True)
+  ]
+  return jnp.pad(x, padding)
 
 
 def _name(given):
@@ -284,22 +294,35 @@ class _Program:
     return self.scales[turn]
 
   def present(self, units: _Tile):
-    """Which rows and units of a tile are there."""
+    """Which rows and units of a tile are there; None if all are."""
     batch, head = self.layout.batch, self.layout.head
-    return (self.rows < batch)[:, None] & (units.places < head)[None, :]
+    rows = (
+      (self.rows < batch)[:, None] if batch % self.layout.config.rows else None
+    )
+    columns = units.columns < head if self._overhangs(units) else None
+    if rows is None or columns is None:
+      return columns if rows is None else rows
+    return rows & columns
+
+  def _overhangs(self, units):
+    head = self.layout.head
+    if isinstance(units.start, int):
+      return units.start + units.size > head
+    return head % units.size > 0
 
   def _of_state(self, turn, units):
     return self.member(turn), self.rows[:, None], self.head, units.columns
 
   def load_state(self, ref, turn, units):
     """A tile [rows, units] of h or c."""
-    at = ref.at[self._of_state(turn, units)]
-    return pltriton.load(at, mask=self.present(units), other=0)
+    return _load(ref.at[self._of_state(turn, units)], self.present(units))
 
   def store_state(self, ref, turn, units, value, when=None):
     at = ref.at[self._of_state(turn, units)]
     mask = self.present(units)
-    pltriton.store(at, value, mask=mask if when is None else mask & when)
+    if when is not None:
+      mask = when if mask is None else mask & when
+    pltriton.store(at, value, mask=mask)
 
   def store_output(self, turn, t, units, h):
     if not self.layout.keep:
@@ -313,9 +336,10 @@ class _Program:
     if not self.layout.looked_up:
       return None
     member = self.member(turn) if self.layout.own_tokens else 0
-    at = self.tokens.at[member, self.rows, t]
-    tokens = pltriton.load(at, mask=self.rows < self.layout.batch, other=0)
-    return tokens[:, None]
+    rows = self.rows[:, None]
+    missing = self.layout.batch % self.layout.config.rows
+    mask = rows < self.layout.batch if missing else None
+    return _load(self.tokens.at[member, rows, t], mask)
 
   def inputs(self, turn, t, units, tokens):
     """A token's tiles of each gate, of the type they are stored in."""
@@ -324,23 +348,17 @@ class _Program:
       front, mask = (member, tokens), None
     else:
       front, mask = (member, self.rows[:, None], t), self.present(units)
-    ats = [
-      self.x.at[(*front, self.head, gate, units.columns)]
+    return [
+      _load(self.x.at[(*front, self.head, gate, units.columns)], mask)
       for gate in range(GATES)
     ]
-    if mask is None:
-      return [pltriton.load(at) for at in ats]
-    return [pltriton.load(at, mask=mask, other=0) for at in ats]
 
   def biases(self, turn, units):
     if self.layout.looked_up:  # They are in the table.
       return [0.0] * GATES
     member = self.member(turn) if self.layout.own_bias else 0
-    mask = units.places < self.layout.head
     loaded = [
-      pltriton.load(
-        self.b.at[member, gate, self.head, units.places], mask=mask, other=0
-      )
+      pltriton.load(self.b.at[member, gate, self.head, units.places])
       for gate in range(GATES)
     ]
     return [b.astype(jnp.float32)[None, :] for b in loaded]
@@ -348,13 +366,14 @@ class _Program:
   def weights(self, gate, units: _Tile, source: _Tile):
     """A tile [units, source] of R, for each member of the program."""
     rows, columns = units.places[:, None], source.columns
-    mask = (rows < self.layout.head) & (columns < self.layout.head)
-    at = self.r.at[gate, self.head, rows, columns]
-    tile = pltriton.load(at, mask=mask, other=0)
+    tile = pltriton.load(self.r.at[gate, self.head, rows, columns])
     if self.layout.perturbation != "dense":
       return [tile] * len(self.turns)
     tile = tile.astype(jnp.float32)
-    z = jnp.where(mask, self._signs(gate, rows, source), 0.0)
+    z = self._signs(gate, rows, source)
+    if self._overhangs(units) or self._overhangs(source):
+      head = self.layout.head
+      z = jnp.where((rows < head) & (columns < head), z, 0.0)
     return [
       (tile + self.scale(turn) * z).astype(self.layout.dtype)
       for turn in self.turns
@@ -366,9 +385,8 @@ class _Program:
     words = source.start // _BITS + jnp.arange(source.size // _BITS)
     words = words[None, :]
     if not layout.config.resident:
-      mask = (rows < layout.head) & (words < stored)
       at = self.drawn.at[self.direction, gate, self.head, rows, words]
-      return threefry.unpack(pltriton.load(at, mask=mask, other=0))
+      return threefry.unpack(pltriton.load(at))
     row = (gate * layout.heads + self.head) * layout.head + rows
     index = (row * stored + words).astype(jnp.uint32)
     key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
@@ -382,8 +400,7 @@ class _Program:
     there = owner < GATES if gate is None else owner == gate
     owner = jnp.minimum(owner, GATES - 1)
     at = ref.at[self.direction, owner, self.head, index % layout.rank, places]
-    mask = there & (places < layout.head)
-    return pltriton.load(at, mask=mask, other=0).astype(jnp.float32)
+    return pltriton.load(at, mask=there, other=0)
 
   def left_of(self, turn, gate, units):
     return self.scale(turn) * self._factor(self.left, units, gate)
@@ -429,6 +446,12 @@ def _dot(a, b, axis, precision):
     precision=precision,
     preferred_element_type=jnp.float32,
   )
+
+
+def _load(at, mask):
+  if mask is None:
+    return pltriton.load(at)
+  return pltriton.load(at, mask=mask, other=0)
 
 
 def _body(*refs, layout: _Layout, names: tuple[str, ...]):
@@ -533,7 +556,7 @@ def _streamed(program: _Program):
       tile = source_at(index)
       right = program.right_of(tile)
       return [
-        total + program.mix(pltriton.load(buffered(turn, t % 2, tile)), right)
+        total + program.mix(pltriton.load(buffered(turn, t & 1, tile)), right)
         for turn, total in zip(turns, mixed, strict=True)
       ]
 
@@ -548,7 +571,7 @@ def _streamed(program: _Program):
 
       def add(index, sums):
         source = source_at(index)
-        h = [pltriton.load(buffered(s, t % 2, source)) for s in turns]
+        h = [pltriton.load(buffered(s, t & 1, source)) for s in turns]
         sums = [list(total) for total in sums]
         for g in range(GATES):
           weights = program.weights(g, units, source)
@@ -574,7 +597,7 @@ def _streamed(program: _Program):
         ]
         h, c = program.cell(gates, program.load_state(program.c, turn, units))
         narrow = h.astype(layout.dtype)
-        pltriton.store(buffered(turn, (t + 1) % 2, units), narrow)
+        pltriton.store(buffered(turn, (t + 1) & 1, units), narrow)
         program.store_state(program.c, turn, units, c)
         program.store_output(turn, t, units, h)
         last = t == layout.length - 1

@@ -1,0 +1,141 @@
+"""The LSTM kernel compiled for an H200 on a machine that has none.
+
+Nothing runs. The figures come from what XLA dumps of each program: the shared
+memory of its launch, and its PTX, whose registers and spills `ptxas -v` tells,
+which XLA assembles in the same way. They are in docs/kernels.md, which this
+writes again where the wheels of `h200` and ptxas 13 are at hand:
+  PYTHONPATH=DIR:. JAX_PLATFORMS=cpu python tests/test_kernels_h200.py
+"""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import h200
+import jax
+import jax.numpy as jnp
+import pytest
+
+from zorn_jax import kernels
+from zorn_jax.kernels import lstm_triton
+
+WIDTHS = (20, 50, 150, 300, 850, 1000, 512)  # Of the paper's heads, and a 7B's.
+OTHERS = (64, 100, 128, 160, 320)
+SHARED_LIMIT = 232448  # Bytes a block, on H100 and H200.
+LENGTH, HEADS = 11, 2
+
+
+class Case(NamedTuple):
+  width: int
+  dtype: str
+  perturbation: str = ""
+  batch: int = 1024
+  pairs: int = 2
+  precision: str | None = None
+  config: kernels.Config | None = None
+  output: str = "all"
+  looked_up: bool = False
+
+
+class Figures(NamedTuple):
+  config: kernels.Config
+  shared: int
+  registers: int | None  # None without ptxas.
+  spills: int | None  # Bytes stored.
+
+
+def arguments(case: Case):
+  """Shapes of what `lstm` takes."""
+  lead = (case.pairs, 2) if case.perturbation else ()
+  struct, width = jax.ShapeDtypeStruct, case.width
+  state = struct((*lead, case.batch, HEADS, width), jnp.float32)
+  shape = (*lead, case.batch, LENGTH, HEADS, 4, width)
+  factor = struct((case.pairs, 4, HEADS, 1, width), jnp.float32)
+  perturbation = {
+    "": None,
+    "dense": kernels.Dense(
+      struct((case.pairs, 2), jnp.uint32), struct((2,), jnp.float32)
+    ),
+    "low rank": kernels.LowRank(factor, factor, struct((2,), jnp.float32)),
+  }[case.perturbation]
+  x = struct(shape, case.dtype)
+  if case.looked_up:
+    table = struct((*lead, 100, HEADS, 4, width), jnp.float32)
+    x = kernels.Lookup(table, struct((case.batch, LENGTH), jnp.int32))
+  return (
+    x,
+    struct((4, HEADS, width, width), case.dtype),
+    struct((4, HEADS, width), case.dtype),
+    (state, state),
+    perturbation,
+  )
+
+
+def config_of(case: Case) -> kernels.Config:
+  return case.config or lstm_triton.choose(
+    case.width,
+    2 * case.pairs if case.perturbation else 1,
+    case.batch,
+    jnp.dtype(case.dtype),
+    case.perturbation,
+    case.precision is not None,
+  )
+
+
+def compiled(case: Case, options=None, transform=lambda f: f):
+  def run(x_proj, r, b, carry, perturbation):
+    return kernels.lstm(
+      x_proj,
+      r,
+      b,
+      carry,
+      perturbation=perturbation,
+      output=case.output,
+      implementation="triton",
+      config=config_of(case),
+    )
+
+  mesh = jax.sharding.Mesh(h200.devices(1), ("device",))
+  there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+  args = jax.tree.map(place, arguments(case))
+  with (
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    jax.default_matmul_precision(case.precision),
+  ):
+    return jax.jit(transform(run)).lower(*args).compile(options)
+
+
+def figures(case: Case) -> Figures:
+  """Compiles a case, and reads what XLA dumped."""
+  with tempfile.TemporaryDirectory() as folder:
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+      compiled(case, {"xla_dump_to": folder})
+    finally:
+      jax.config.update("jax_enable_compilation_cache", cached)
+    found = list(pathlib.Path(folder).glob("*.thunk_sequence.txt"))
+    text = "\n".join(path.read_text() for path in found)
+    (shared,) = re.findall(r" lstm_\w+ .*shared_memory: (\d+) bytes", text)
+    (ptx,) = [
+      path
+      for path in pathlib.Path(folder).glob("*.ptx")
+      if ".entry lstm_" in path.read_text()
+    ]
+    return Figures(config_of(case), int(shared), *_assembled(ptx))
+
+
+def _assembled(ptx):
+  """Registers of a thread, and bytes it spills; None without ptxas."""
+  if shutil.which("ptxas") is None:
+    return None, None
+  command = ["ptxas", "-arch=sm_90a", "-v", str(ptx), "-o", "/dev/null"]
+  text = subprocess.run(
+    command, check=True, capture_output=True, text=True
+  ).stderr
+  one = lambda pattern: int(re.findall(pattern, text)[0])
+  return one(r"Used (\d+) registers"), one(r"(\d+) bytes spill stores")
