@@ -53,6 +53,8 @@ class Method(NamedTuple):
     recall: (params, data, now) -> aside, apart from the queries, which then
       return none: the losses are all that a step needs to be taken again. None
       where that needs the queries.
+    pairs: Whether the losses are those of two or more antithetic pairs, in the
+      order (+, -).
   """
 
   init: Callable[[types.Params], Any]
@@ -65,6 +67,7 @@ class Method(NamedTuple):
   in_parts: bool = False
   blocks: Callable[..., tuple[types.PyTree, Any]] | None = None
   recall: Callable[..., Any] | None = None
+  pairs: bool = False
 
 
 def sample_batches(task: Task, data, now: Now, num_batches: int):
@@ -161,6 +164,7 @@ def zero_order(
     estimated,
     blocks=blocks if prototype.blocks else None,
     recall=recall,
+    pairs=prototype.pairs and num_probes > 1,
   )
 
 

@@ -16,6 +16,7 @@ from absl import logging
 
 from zorn_jax import (
   control,
+  diagnostics,
   evaluate,
   journal,
   loggers,
@@ -36,6 +37,7 @@ from zorn_jax.workdir import (
   JOURNAL_NAME,
   claim,
   fingerprint,
+  note_start,
 )
 
 
@@ -64,6 +66,7 @@ def train(
   config: dict[str, Any],
   logger_names=(),
   batching: probe_batch.Batching | None = None,
+  start: dict[str, Any] | None = None,
 ) -> bool:
   """Trains until the last step, from where an earlier run in `workdir` ended.
 
@@ -74,6 +77,7 @@ def train(
     logger_names: Loggers beside the file and the terminal.
     batching: How the experiment is made with fewer probes at once, where its
       memory does not suffice; None to take it as it is.
+    start: Plain values about this process, noted in `workdir`.
   Returns:
     Whether the last step was reached; False after SIGTERM or SIGINT, when the
     state has been saved (an exploded one is not).
@@ -97,6 +101,8 @@ def train(
     if first:
       claim(workdir, config, experiment.task.fingerprint)
       stack.enter_context(lock(workdir))
+      if start:
+        note_start(workdir, start)
     processes.barrier("claimed")
     if not (workdir / CONFIG_NAME).exists():
       raise ValueError(
@@ -294,6 +300,9 @@ def _loop(run, state, step, saved, ranks):
     values = {}
     if logging_now:
       values |= {name: float(x) for name, x in step_metrics.items()}
+      if experiment.method.pairs:
+        ratio = diagnostics.signal_to_noise(np.asarray(losses))
+        values["signal_to_noise"] = float(ratio)
       values |= meter.read(state, step)
     if due(experiment.evaluate_every):
       scores = score(state.params, run.valid)

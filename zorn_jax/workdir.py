@@ -10,6 +10,7 @@ CONFIG_NAME = "config.json"
 CHECKPOINTS_NAME = "checkpoints"
 JOURNAL_NAME = "journal"
 TEXT_NAME = "text.sha256"
+STARTS_NAME = "starts.jsonl"  # One line for every process that trained there.
 
 
 def claim(
@@ -62,6 +63,12 @@ def _write(path, text):
   scratch = path.with_suffix(".tmp")
   scratch.write_text(text)
   os.replace(scratch, path)
+
+
+def note_start(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Adds a line about a process that begins to train in `workdir`."""
+  with (workdir / STARTS_NAME).open("a") as file:
+    file.write(json.dumps(facts) + "\n")
 
 
 def fingerprint(config: dict[str, Any], text: str) -> str:

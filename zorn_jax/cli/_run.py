@@ -1,5 +1,8 @@
 """How every command starts and ends."""
 
+import pathlib
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -33,6 +36,23 @@ def run(main: Callable[[list[str]], int | None], *required: str) -> None:
       )
 
   app.run(guarded, flags_parser=_parse)
+
+
+def command() -> str:
+  """This command, as it can be given again."""
+  name = pathlib.Path(sys.argv[0]).stem.removeprefix("zorn-")
+  return shlex.join(["python", "-m", f"zorn_jax.cli.{name}", *sys.argv[1:]])
+
+
+def commit() -> str:
+  """The commit of the code; empty where it is not known."""
+  folder = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  return done.stdout.strip()
 
 
 def _parse(argv):

@@ -20,6 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from zorn_jax import build, loggers, mesh, processes
+from zorn_jax.bench import machine
 from zorn_jax.cli import _run
 from zorn_jax.train import train
 
@@ -60,7 +61,11 @@ def main(argv) -> int:
     if processes.is_first() and jax.device_count() > 1:
       print(mesh.describe(experiment.layout), file=sys.stderr)
     batching = build.batching(config, experiment)
-    train(experiment, workdir, config.to_dict(), config.loggers, batching)
+    start = machine.describe()
+    start |= {"command": _run.command(), "commit": _run.commit()}
+    train(
+      experiment, workdir, config.to_dict(), config.loggers, batching, start
+    )
   return 0
 
 

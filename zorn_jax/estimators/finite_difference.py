@@ -51,7 +51,7 @@ def central_difference(
     shaping=shaping,
     batch_per_probe=batch_per_probe,
   )
-  return stencil.fresh(probes, num_probes)
+  return stencil.fresh(probes, num_probes)._replace(pairs=True)
 
 
 def forward_difference(
