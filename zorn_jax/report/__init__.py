@@ -1,0 +1,1 @@
+"""What runs and benchmarks found, beside what the authors published."""

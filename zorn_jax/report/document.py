@@ -1,0 +1,424 @@
+"""What a report says: tables, pictures and sentences, in no format yet."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from zorn_jax.report import claims, curves, runs as run_dirs
+from zorn_jax.report.benches import Bench
+from zorn_jax.report.claims import Verdict
+from zorn_jax.report.runs import Comparison, Middle
+
+INTERRUPTED = "interrupted"
+_MOST_ROWS = len(curves.COLORS)  # In a picture.
+_UNITS = {"step": "steps", "forward_tokens": "tokens", "seconds": "s"}
+_AXES = {
+  "step": "steps",
+  "forward_tokens": "forward tokens",
+  "seconds": "seconds",
+}
+
+
+class Text(NamedTuple):
+  """A paragraph."""
+
+  text: str
+
+
+class Table(NamedTuple):
+  """Cells are texts; the first column names the row."""
+
+  head: tuple[str, ...]
+  rows: tuple[tuple[str, ...], ...]
+
+
+class Picture(NamedTuple):
+  """An SVG document, and what it shows in words."""
+
+  alt: str
+  svg: str
+
+
+class Pictures(NamedTuple):
+  """Pictures that belong side by side."""
+
+  pictures: tuple[Picture, ...]
+
+
+class Fold(NamedTuple):
+  """Preformatted text that only some want to see."""
+
+  summary: str
+  text: str
+
+
+Block = Text | Table | Pictures | Fold
+
+
+class Section(NamedTuple):
+  """A heading and what is below it."""
+
+  title: str
+  blocks: tuple[Block, ...]
+
+
+class Document(NamedTuple):
+  """A whole report."""
+
+  title: str
+  lead: str
+  sections: tuple[Section, ...]
+
+
+def write(
+  comparisons: Sequence[Comparison],
+  benches: Sequence[Bench],
+  verdicts: Sequence[Verdict],
+  made_by: str,
+  idle: Sequence[str] = (),
+) -> Document:
+  """Puts together what a report says.
+
+  Args:
+    comparisons: Of runs, one for each task.
+    benches: Files of benchmarks.
+    verdicts: On the claims.
+    made_by: Command and version, in words.
+    idle: Runs that have not begun.
+  """
+  sections = [_verdicts(verdicts)]
+  sections += [_comparison(x) for x in comparisons]
+  sections += [_bench(x) for x in benches]
+  if comparisons:
+    sections.append(_what_ran(comparisons, idle))
+  counts = {
+    word: sum(x.word == word for x in verdicts)
+    for word in (claims.CONFIRMED, claims.REFUTED, claims.UNTESTED)
+  }
+  summary = ", ".join(f"{n} {word}" for word, n in counts.items())
+  lead = (
+    f"{made_by} Of {len(verdicts)} claims: {summary}. Figures of several seeds "
+    "are medians, in brackets the smallest and the largest."
+  )
+  return Document("Zero-order training, reproduced", lead, tuple(sections))
+
+
+# Claims.
+
+
+def _verdicts(verdicts):
+  rows = tuple(
+    (
+      x.claim.name,
+      x.word,
+      ", ".join(figure(v) for v in x.claim.theirs) or "none published",
+      "; ".join(map(spread, x.ours)) or "-",
+      x.claim.unit,
+      x.why,
+      claims.rule_of(x.claim),
+      x.claim.source,
+    )
+    for x in verdicts
+  )
+  head = (
+    "claim",
+    "verdict",
+    "authors",
+    "here",
+    "unit",
+    "why",
+    "rule",
+    "source",
+  )
+  return Section(
+    "Claims",
+    (
+      Text(
+        "The authors' figures are those of their repository and its logs; the "
+        "values behind the paper's figure 1 and table 2 are not published. "
+        "Tolerances are ours. A verdict needs three seeds, unless the figure "
+        "depends on none or the claim is a single log."
+      ),
+      Table(head, rows),
+    ),
+  )
+
+
+# Runs.
+
+
+def _comparison(comparison):
+  rows = comparison.rows
+  letters = [_letter(i) for i in range(len(rows))]
+  blocks: list[Block] = [_ends(rows, letters)]
+  blocks += _budgets(rows, letters)
+  blocks += _pictures(comparison)
+  if not all(run.complete for row in rows for run in row.runs):
+    blocks.append(
+      Text(
+        "Dashed curves are those of interrupted runs. They count only in rows "
+        "that have no complete run, which are marked."
+      )
+    )
+  return Section(f"Task: {comparison.title}", tuple(blocks))
+
+
+def _letter(index):
+  return chr(ord("A") + index) if index < 26 else str(index + 1)
+
+
+def _ends(rows, letters):
+  """Where the runs of every row came to."""
+  target = f"{run_dirs.TARGET:g}"
+  has_validation = any(
+    run_dirs.last(run, "valid_loss") is not None
+    for row in rows
+    for run in row.runs
+  )
+  head = ["", "run", "seeds", "state", "steps", "loss"]
+  if has_validation:
+    head += ["best held-out loss", "last held-out loss", "held-out accuracy"]
+  head += [f"{name} to {target}" for name in ("steps", "tokens", "seconds")]
+  head += ["seconds a step", "forward tokens", "seconds"]
+  lines = []
+  for row, letter in zip(rows, letters, strict=True):
+    of = lambda name, pick=run_dirs.last, row=row: run_dirs.over_seeds(
+      row, lambda run: pick(run, name)
+    )
+    cells = [letter, row.label, _seeds(row), _state(row), spread(of("step"))]
+    cells.append(spread(of("loss")))
+    if has_validation:
+      cells += [
+        spread(of("valid_loss", run_dirs.best)),
+        spread(of("valid_loss")),
+        spread(of("valid_accuracy")),
+      ]
+    cells += [spread(of(unit, run_dirs.reached)) for unit in run_dirs.UNITS]
+    cells.append(spread(run_dirs.over_seeds(row, run_dirs.seconds_per_step)))
+    cells += [spread(of("forward_tokens")), spread(of("seconds"))]
+    lines.append(tuple(cells))
+  return Table(tuple(head), tuple(lines))
+
+
+def _seeds(row):
+  return ", ".join(str(run.seed) for run in row.counted)
+
+
+def _state(row):
+  cut = [run for run in row.runs if not run.complete]
+  if not cut:
+    return "complete"
+  if not row.complete:
+    return INTERRUPTED
+  return f"complete; {INTERRUPTED}: seed " + ", ".join(str(x.seed) for x in cut)
+
+
+def _budgets(rows, letters):
+  """Losses at the same number of steps, of tokens and of seconds."""
+  if len(rows) < 2:
+    return []
+  budgets = {unit: run_dirs.shared_budget(rows, unit) for unit in _UNITS}
+  budgets = {unit: x for unit, x in budgets.items() if x is not None}
+  has_validation = all(
+    run_dirs.last(run, "valid_loss") is not None
+    for row in rows
+    for run in row.counted
+  )
+  names = {"loss": "loss"}
+  if has_validation:
+    names["valid_loss"] = "held-out loss"
+  head = ["", "run"]
+  head += [
+    f"{word} at {figure(x)} {_UNITS[unit]}"
+    for unit, x in budgets.items()
+    for word in names.values()
+  ]
+  lines = []
+  for row, letter in zip(rows, letters, strict=True):
+    cells = [letter, row.label]
+    for unit, budget in budgets.items():
+      for name in names:
+        cells.append(
+          spread(
+            run_dirs.over_seeds(
+              row,
+              lambda run, u=unit, b=budget, n=name: run_dirs.at(run, u, b, n),
+            )
+          )
+        )
+    lines.append(tuple(cells))
+  return [
+    Text(
+      "At equal cost: the most that every seed of every row has spent. A "
+      "backward pass counts as two forward ones. The loss of a zero-order "
+      "method is the mean of its perturbed losses, BPTT's is clean. A dash: "
+      "nothing was logged so early."
+    ),
+    Table(tuple(head), tuple(lines)),
+  ]
+
+
+def _pictures(comparison):
+  if not curves.available():
+    return [
+      Text(
+        "There are no curves: matplotlib is not installed. Run: pip install "
+        "'zorn_jax[plot]'."
+      )
+    ]
+  rows = comparison.rows[:_MOST_ROWS]
+  blocks: list[Block] = []
+  for name, words in (
+    ("loss", "training loss"),
+    ("valid_loss", "held-out loss"),
+  ):
+    drawn = []
+    for unit, axis in _AXES.items():
+      lines = _curves(rows, unit, name)
+      if lines:
+        lowest = min(y for curve in lines for _, y in curve.points)
+        near = name == "loss" and lowest < 2 * run_dirs.TARGET
+        line = run_dirs.TARGET if near else None
+        svg = curves.picture(lines, axis, f"{words}, nats", line)
+        drawn.append(Picture(f"{words} against {axis}", svg))
+    if drawn:
+      blocks.append(Pictures(tuple(drawn)))
+  ratios = _curves(rows, "step", "signal_to_noise")
+  if ratios:
+    svg = curves.picture(ratios, "steps", "signal to noise of the pairs", 1.0)
+    blocks += [
+      Text(
+        "Signal to noise: the power of the slopes in the losses of the probes, "
+        "over that of all else that these losses differ in (curvature, and "
+        "data where every pair has its own). Central differences cancel that "
+        "noise, one-sided ones do not."
+      ),
+      Pictures((Picture("signal to noise against steps", svg),)),
+    ]
+  if len(comparison.rows) > len(rows):
+    blocks.append(Text(f"The first {len(rows)} rows are drawn."))
+  return blocks
+
+
+def _curves(rows, unit, name):
+  found = []
+  for index, row in enumerate(rows):
+    for run in row.runs:
+      points = [
+        (record[unit], record[name])
+        for record in run.records
+        if unit in record and math.isfinite(record.get(name, math.nan))
+      ]
+      if points:
+        curve = curves.Curve(_letter(index), index, points, not run.complete)
+        found.append(curve)
+  return found
+
+
+# Benchmarks.
+
+
+def _bench(bench):
+  blocks: list[Block] = [Text(f"From {bench.name}."), _facts(bench.machine)]
+  for title, rows in bench.tables.items():
+    if rows:
+      blocks += [Text(f"{title}:"), _plain(rows)]
+  return Section(f"Measured: {bench.title}", tuple(blocks))
+
+
+def _facts(machine):
+  known = ((k, _cell(v)) for k, v in machine.items() if v is not None)
+  return Table(("machine", ""), tuple(known))
+
+
+def _plain(rows):
+  names = dict.fromkeys(name for row in rows for name in row)
+  hidden = ("_quartiles", "_spread")
+  names = [x for x in names if not x.endswith(hidden) and x != "tried_ms"]
+  return Table(
+    tuple(name.replace("_", " ") for name in names),
+    tuple(tuple(_spread_cell(row, name) for name in names) for row in rows),
+  )
+
+
+def _spread_cell(row, name):
+  text = _cell(row.get(name))
+  for suffix in ("_quartiles", "_spread"):
+    if row.get(name + suffix):
+      text += f" ({' to '.join(map(_cell, row[name + suffix]))})"
+  return text
+
+
+def _cell(value):
+  if value is None:
+    return "-"
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  if isinstance(value, (list, tuple)):
+    return ", ".join(map(_cell, value))
+  return figure(value) if isinstance(value, (int, float)) else str(value)
+
+
+# What ran.
+
+
+def _what_ran(comparisons, idle):
+  rows = [row for comparison in comparisons for row in comparison.rows]
+  lines = []
+  for row in rows:
+    for run in row.runs:
+      facts = run.starts[-1] if run.starts else {}
+      steps = f"{run.records[-1]['step']:,} of {run.config['steps']:,}"
+      lines.append(
+        (
+          run.name,
+          str(run.seed),
+          steps,
+          "complete" if run.complete else INTERRUPTED,
+          *(
+            _cell(facts.get(x)) for x in ("device", "commit", "jax", "command")
+          ),
+        )
+      )
+  head = ("directory", "seed", "steps", "state", "device", "commit", "jax")
+  blocks: list[Block] = [Table((*head, "command"), tuple(lines))]
+  if not any(run.starts for row in rows for run in row.runs):
+    blocks.append(
+      Text(
+        "Device, commit and command are not known: the run directories do not "
+        "say."
+      )
+    )
+  if idle:
+    blocks.append(Text(f"Not begun: {', '.join(idle)}."))
+  for comparison in comparisons:
+    for index, row in enumerate(comparison.rows):
+      config = {k: v for k, v in row.config.items() if k != "seed"}
+      name = f"Config of {comparison.title}, {_letter(index)}: {row.label}"
+      blocks.append(Fold(name, json.dumps(config, indent=2)))
+  return Section("What was run", tuple(blocks))
+
+
+# Figures.
+
+
+def figure(value: float) -> str:
+  """A number for people: four digits, whole numbers whole."""
+  if math.isinf(value):
+    return "-"
+  if isinstance(value, int) or float(value).is_integer():
+    return f"{int(value):,}"
+  if abs(value) >= 1e4:
+    return f"{value:,.0f}"
+  return f"{value:.4g}"
+
+
+def spread(values: Middle | None) -> str:
+  """The median and, of figures that differ, the smallest and the largest."""
+  if values is None:
+    return "-"
+  text = figure(values.median)
+  if values.low == values.high:
+    return text
+  return f"{text} ({figure(values.low)} to {figure(values.high)})"
