@@ -1,5 +1,7 @@
 """Scores of populations, which share products, against member after member."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +192,17 @@ def test_a_population_shares_its_products():
   for line in str(program).splitlines():
     if "dot_general" in line:
       assert "[7," not in line.split("=")[0]
+
+
+def test_members_with_weights_of_their_own_share_the_room(monkeypatch):
+  """Where one would form all its three heads, six form one at a time."""
+  model, params = build()
+  monkeypatch.setattr(recurrent, "_BLOCK_BYTES", 4 * (3 * 4 * 6 * 6))
+  program = jax.make_jaxpr(
+    lambda params: losses(model, defer, params, *batch(11))
+  )(params)
+  formed = re.findall(r"f32\[3,2,4,(\d),6,6\]", str(program))
+  assert set(formed) == {"1"}
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 23])

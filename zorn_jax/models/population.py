@@ -31,10 +31,12 @@ class Trail(NamedTuple):
   Attributes:
     sizes: Axis number -> its size.
     order: The numbers in the order in which the axes lie.
+    beside: How many such a map has side by side, each formed on its own.
   """
 
   sizes: dict[int, int]
   order: tuple[int, ...]
+  beside: int = 1
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -69,11 +71,11 @@ class Trail(NamedTuple):
     )
 
 
-def trail(batch: int, sizes: tuple[int, ...] = ()) -> Trail:
+def trail(batch: int, sizes: tuple[int, ...] = (), beside: int = 1) -> Trail:
   """The trail of a batch and of axes of members, the innermost first."""
   by_number = dict(enumerate(sizes)) | {BATCH: batch}
   order = sorted(by_number, key=lambda axis: (by_number[axis], -axis))
-  return Trail(by_number, tuple(order))
+  return Trail(by_number, tuple(order), beside)
 
 
 class Matrix(NamedTuple):

@@ -12,6 +12,7 @@ layer of `lstm` is the model of arXiv:2505.17852.
 """
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
@@ -261,13 +262,18 @@ class Recurrent(nn.Module):
     """
     args = (self._params(), carry, tokens, targets)
 
-    def plain(*args):
-      return self._score((), *map(population.alone, args), *args)
+    def alone(beside, *args):
+      layout = population.trail(args[2].shape[-2], (), beside)
+      return self._score(layout, *map(population.alone, args), *args)
+
+    plain = partial(alone, 1)
 
     def together(sizes, axes, *args):
       if not _shared(args[0], axes[0]):
-        return population.one_by_one(plain, sizes, axes, *args)
-      return self._score(sizes, *axes, *args)
+        one = partial(alone, math.prod(sizes))
+        return population.one_by_one(one, sizes, axes, *args)
+      layout = population.trail(args[2].shape[-2], sizes)
+      return self._score(layout, *axes, *args)
 
     if not _is_perturbed(args[0]):
       return plain(*args)
@@ -281,9 +287,8 @@ class Recurrent(nn.Module):
       "b_proj": self.b_proj,
     }
 
-  def _score(self, sizes, axes, carry_axes, token_axes, target_axes, *args):
+  def _score(self, layout, axes, carry_axes, token_axes, target_axes, *args):
     params, carry, tokens, targets = args
-    layout = population.trail(tokens.shape[-2], sizes)
     given = (layout, axes, carry_axes, token_axes, params, carry, tokens)
     targets = layout.place(targets, target_axes, batch=0)
     bias = population.array(layout, params["b_proj"], axes["b_proj"])
@@ -450,7 +455,7 @@ _COPY_BYTES = 2**26
 def _heads_at_once(r, num_heads, width, layout):
   """How many heads run through time together; a divisor of all."""
   if perturbed.is_any(r):
-    columns = max(math.prod(layout.shape), r.shape[-1])
+    columns = max(math.prod(layout.shape), r.shape[-1]) * layout.beside
     most = max(1, _BLOCK_BYTES // (4 * width * columns))
   else:
     most = max(1, _COPY_BYTES // (4 * width * r.shape[-1]))
