@@ -29,6 +29,9 @@ from zorn_jax.kernels.arguments import GATES, Arguments, Dense
 MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
 MAX_RANK = 16
 _BITS = 32
+_I, _F, _Z, _O = range(GATES)
+# What all that a gate sums up is multiplied by, which rounds nothing.
+_HALVES = (0.5, 0.5, 1.0, 0.5)
 
 
 class Config(NamedTuple):
@@ -95,6 +98,11 @@ class _Layout(NamedTuple):
     return tiles
 
   @property
+  def factors(self):
+    """Factors of all gates, padded to what a product takes."""
+    return max(16, 1 << (GATES * self.rank - 1).bit_length())
+
+  @property
   def padded(self):
     """Where the last tile ends."""
     if self.config.resident:
@@ -102,11 +110,6 @@ class _Layout(NamedTuple):
       return last.start + last.size
     tile = max(self.config.units, self.config.depth)
     return -(-self.head // tile) * tile
-
-  @property
-  def factors(self):
-    """Factors of all gates, padded to what a product takes."""
-    return max(16, 1 << (GATES * self.rank - 1).bit_length())
 
 
 def run(args: Arguments, keep: bool, config: Config, interpret: bool):
@@ -146,12 +149,15 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   )
   # What is small ends where the last tile does: its loads need no mask.
   width = layout.padded
-  inputs = {"r": _pad(args.r, width, width), "h0": args.h, "c0": args.c}
+  halved = lambda x, axis: x * _along(axis, x.ndim).astype(x.dtype)
+  r = _pad(halved(args.r, 0), width, width)
+  b = args.b.astype(jnp.float32)
+  inputs = {"r": r, "h0": args.h, "c0": args.c}
   if looked_up:
-    table = args.x + args.b.astype(jnp.float32).swapaxes(1, 2)[:, None]
+    table = halved(args.x + b.swapaxes(1, 2)[:, None], -2)
     inputs |= {"x": _pad(table, width), "tokens": args.tokens}
   else:
-    inputs |= {"x": args.x, "b": _pad(args.b, width)}
+    inputs |= {"x": args.x, "b": _pad(halved(b, 1), width)}
   if isinstance(given, Dense):
     drawn = given.key_data
     if not config.resident:
@@ -160,7 +166,8 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     inputs |= {"scales": given.scales, "drawn": drawn}
   elif given is not None:
     wide = lambda x: _pad(x.astype(jnp.float32), width)
-    inputs |= {"left": wide(given.left), "right": wide(given.right)}
+    left = halved(given.left.astype(jnp.float32), 1)
+    inputs |= {"left": wide(left), "right": wide(given.right)}
     inputs["scales"] = given.scales
   struct = jax.ShapeDtypeStruct
   state = struct((members, batch, heads, head), jnp.float32)
@@ -189,6 +196,13 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
     made = dict(zip(outputs, call(*inputs.values()), strict=True))
   return made["h"], made["c"], made.get("all_h")
+
+
+def _along(axis, rank):
+  """The halves of gates along an axis."""
+  shape = [1] * rank
+  shape[axis] = GATES
+  return jnp.asarray(_HALVES).reshape(shape)
 
 
 def _pad(x, *sizes):
@@ -341,27 +355,30 @@ class _Program:
     mask = rows < self.layout.batch if missing else None
     return _load(self.tokens.at[member, rows, t], mask)
 
-  def inputs(self, turn, t, units, tokens):
-    """A token's tiles of each gate, of the type they are stored in."""
+  def inputs(self, turn, t, units, gate, tokens):
+    """A token's tile of a gate, of the type it is stored in."""
     member = self.member(turn) if self.layout.own_x else 0
+    place = (self.head, gate, units.columns)
     if self.layout.looked_up:
-      front, mask = (member, tokens), None
-    else:
-      front, mask = (member, self.rows[:, None], t), self.present(units)
+      return pltriton.load(self.x.at[(member, tokens, *place)])
+    at = self.x.at[(member, self.rows[:, None], t, *place)]
+    return _load(at, self.present(units))
+
+  def biases(self, turn, units):
+    """Of all gates; None where they are in the table."""
+    if self.layout.looked_up:
+      return None
+    member = self.member(turn) if self.layout.own_bias else 0
     return [
-      _load(self.x.at[(*front, self.head, gate, units.columns)], mask)
+      pltriton.load(self.b.at[member, gate, self.head, units.places])[None, :]
       for gate in range(GATES)
     ]
 
-  def biases(self, turn, units):
-    if self.layout.looked_up:  # They are in the table.
-      return [0.0] * GATES
-    member = self.member(turn) if self.layout.own_bias else 0
-    loaded = [
-      pltriton.load(self.b.at[member, gate, self.head, units.places])
-      for gate in range(GATES)
-    ]
-    return [b.astype(jnp.float32)[None, :] for b in loaded]
+  def begun(self, x, gate, biases):
+    """The sums of a gate before h has its part."""
+    if biases is None:
+      return x
+    return _HALVES[gate] * x.astype(jnp.float32) + biases[gate]
 
   def weights(self, gate, units: _Tile, source: _Tile):
     """A tile [units, source] of R, for each member of the program."""
@@ -375,7 +392,7 @@ class _Program:
       head = self.layout.head
       z = jnp.where((rows < head) & (columns < head), z, 0.0)
     return [
-      (tile + self.scale(turn) * z).astype(self.layout.dtype)
+      (tile + _HALVES[gate] * self.scale(turn) * z).astype(self.layout.dtype)
       for turn in self.turns
     ]
 
@@ -396,56 +413,54 @@ class _Program:
     """[factors, units], of all gates or with those of others zero."""
     layout = self.layout
     index = jnp.arange(layout.factors)[:, None]
-    owner, places = index // layout.rank, units.columns
+    owner = index // layout.rank
     there = owner < GATES if gate is None else owner == gate
     owner = jnp.minimum(owner, GATES - 1)
-    at = ref.at[self.direction, owner, self.head, index % layout.rank, places]
-    return pltriton.load(at, mask=there, other=0)
+    rank = index - index // layout.rank * layout.rank
+    place = (self.direction, owner, self.head, rank, units.columns)
+    return pltriton.load(ref.at[place], mask=there, other=0)
 
   def left_of(self, turn, gate, units):
-    return self.scale(turn) * self._factor(self.left, units, gate)
+    scaled = self.scale(turn) * self._factor(self.left, units, gate)
+    return scaled.astype(self.layout.dtype)
 
   def right_of(self, source):
-    return self._factor(self.right, source)
+    return self._factor(self.right, source).astype(self.layout.dtype)
 
-  def multiply(self, h, weights):
-    """h [rows, source] times a tile [units, source], transposed."""
-    return _dot(h, weights, 1, self.layout.precision)
+  def multiply(self, a, b, axis=1):
+    """a [rows, K] times b, whose K is at the axis; a of its type."""
+    return jax.lax.dot_general(
+      a.astype(self.layout.dtype),
+      b,
+      (((1,), (axis,)), ((), ())),
+      precision=self.layout.precision,
+      preferred_element_type=jnp.float32,
+    )
 
-  def mix(self, h, right):
-    """right · h, of all factors, [rows, factors]."""
-    return _dot(h.astype(jnp.float32), right, 1, self._of_factors)
+  def cell(self, gate, c):
+    """h and c, of what makes a gate's sums; few of which are there at once.
 
-  def correct(self, mixed, left):
-    return _dot(mixed, left, 0, self._of_factors)
-
-  @property
-  def _of_factors(self):
-    if self.layout.interpret:
-      return jax.lax.Precision.HIGHEST
-    return self.layout.precision or jax.lax.DotAlgorithmPreset.TF32_TF32_F32
-
-  def cell(self, gates, c):
-    """h and c, of the sums of the gates."""
-    layout = self.layout
-    if layout.dtype == jnp.float32 or layout.interpret:
-      tanh, sigmoid = jnp.tanh, jax.nn.sigmoid
-    else:  # Its error is 2^-11, a quarter of what rounding h will add.
-      tanh = pltriton.approx_tanh
-      sigmoid = lambda x: 0.5 * tanh(0.5 * x) + 0.5
-    i, f, z, o = gates
-    c = sigmoid(f) * c + sigmoid(i) * tanh(z)
-    return sigmoid(o) * tanh(c), c
+    Those of i, f and o are halved: σ(x) = (1 + tanh(x / 2)) / 2.
+    """
+    fast = self.layout.dtype == jnp.bfloat16 and not self.layout.interpret
+    # Its error is 2^-11, a quarter of what rounding h will add.
+    tanh = pltriton.approx_tanh if fast else jnp.tanh
+    scaled = _scaled_by_tanh if fast else lambda x, y: jnp.tanh(x) * y + y
+    new = scaled(gate(_I), tanh(gate(_Z)))
+    c = 0.5 * (scaled(gate(_F), c) + new)
+    return 0.5 * scaled(gate(_O), tanh(c)), c
 
 
-def _dot(a, b, axis, precision):
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((1,), (axis,)), ((), ())),
-    precision=precision,
-    preferred_element_type=jnp.float32,
+def _scaled_by_tanh(x, y):
+  """(1 + tanh(x)) y in two instructions."""
+  (scaled,) = pltriton.elementwise_inline_asm(
+    "{ .reg .f32 t; tanh.approx.f32 t, $1; fma.rn.f32 $0, t, $2, $2; }",
+    args=[x, y],
+    constraints="=f,f,f",
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
   )
+  return scaled
 
 
 def _load(at, mask):
@@ -460,11 +475,8 @@ def _body(*refs, layout: _Layout, names: tuple[str, ...]):
 
 
 def _resident(program: _Program):
-  layout, config, tiles = (
-    program.layout,
-    program.layout.config,
-    program.layout.tiles,
-  )
+  layout, config = program.layout, program.layout.config
+  tiles = layout.tiles
   (turn,) = program.turns
   gates = range(GATES)
   weights = [
@@ -472,44 +484,43 @@ def _resident(program: _Program):
     for units in tiles
   ]
   biases = [program.biases(turn, units) for units in tiles]
-  left = right = None
+  right, left = None, None
   if layout.rank:
     right = [program.right_of(k) for k in tiles]
     left = [[program.left_of(turn, g, units) for g in gates] for units in tiles]
 
   def load(t):
     tokens = program.tokens_at(turn, t)
-    return [program.inputs(turn, t, units, tokens) for units in tiles]
+    return [
+      [program.inputs(turn, t, units, gate, tokens) for gate in gates]
+      for units in tiles
+    ]
 
   def step(t, carry):
     h, c, x = carry
-    ahead = x
+    ahead, tokens = x, None
     if config.prefetch:
       ahead = load(jnp.minimum(t + 1, layout.length - 1))
     else:
       tokens = program.tokens_at(turn, t)
     h = [tile.astype(layout.dtype) for tile in h]
-    mixed = None
-    if right is not None:
-      mixed = sum(
-        map(program.mix, h[1:], right[1:]), program.mix(h[0], right[0])
-      )
+    mixed = sum(map(program.multiply, h, right)) if right else None
     new_h, new_c = [], []
     for index, units in enumerate(tiles):
-      given = (
-        x[index] if config.prefetch else program.inputs(turn, t, units, tokens)
-      )
-      sums = [
-        x.astype(jnp.float32) + b
-        for x, b in zip(given, biases[index], strict=True)
-      ]
-      for k, tile in enumerate(h):
-        for g in gates:
-          sums[g] += program.multiply(tile, weights[index][g][k])
-      if left is not None:
-        for g in gates:
-          sums[g] += program.correct(mixed, left[index][g])
-      made, kept = program.cell(sums, c[index])
+
+      def gate(g, index=index, units=units):
+        if config.prefetch:
+          given = x[index][g]
+        else:
+          given = program.inputs(turn, t, units, g, tokens)
+        total = program.begun(given, g, biases[index])
+        for k, tile in enumerate(h):
+          total += program.multiply(tile, weights[index][g][k])
+        if left:
+          total += program.multiply(mixed, left[index][g], 0)
+        return total
+
+      made, kept = program.cell(gate, c[index])
       program.store_output(turn, t, units, made)
       new_h.append(made)
       new_c.append(kept)
@@ -556,11 +567,12 @@ def _streamed(program: _Program):
       tile = source_at(index)
       right = program.right_of(tile)
       return [
-        total + program.mix(pltriton.load(buffered(turn, t & 1, tile)), right)
-        for turn, total in zip(turns, mixed, strict=True)
+        sums
+        + program.multiply(pltriton.load(buffered(turn, t & 1, tile)), right)
+        for turn, sums in zip(turns, mixed, strict=True)
       ]
 
-    mixed = []
+    mixed = None
     if layout.rank:
       zeros = jnp.zeros((config.rows, layout.factors), jnp.float32)
       nothing = [zeros for _ in turns]
@@ -571,7 +583,7 @@ def _streamed(program: _Program):
 
       def add(index, sums):
         source = source_at(index)
-        h = [pltriton.load(buffered(s, t & 1, source)) for s in turns]
+        h = [pltriton.load(buffered(turn, t & 1, source)) for turn in turns]
         sums = [list(total) for total in sums]
         for g in range(GATES):
           weights = program.weights(g, units, source)
@@ -583,19 +595,17 @@ def _streamed(program: _Program):
       nothing = [[zeros] * GATES for _ in turns]
       sums = jax.lax.fori_loop(0, count(config.depth), add, nothing)
       for s, turn in enumerate(turns):
-        for g in range(GATES if layout.rank else 0):
-          left = program.left_of(turn, g, units)
-          sums[s][g] += program.correct(mixed[s], left)
-        given = zip(
-          program.inputs(turn, t, units, tokens[s]),
-          program.biases(turn, units),
-          strict=True,
-        )
-        gates = [
-          x.astype(jnp.float32) + b + y
-          for (x, b), y in zip(given, sums[s], strict=True)
-        ]
-        h, c = program.cell(gates, program.load_state(program.c, turn, units))
+        biases = program.biases(turn, units)
+
+        def gate(g, s=s, turn=turn, biases=biases):
+          given = program.inputs(turn, t, units, g, tokens[s])
+          total = program.begun(given, g, biases) + sums[s][g]
+          if mixed:
+            left = program.left_of(turn, g, units)
+            total += program.multiply(mixed[s], left, 0)
+          return total
+
+        h, c = program.cell(gate, program.load_state(program.c, turn, units))
         narrow = h.astype(layout.dtype)
         pltriton.store(buffered(turn, (t + 1) & 1, units), narrow)
         program.store_state(program.c, turn, units, c)
