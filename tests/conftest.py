@@ -13,8 +13,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Keeps compiled programs from one run of the tests to the next."""
+  """Compiles a program once for all workers, commands and later runs."""
   cache = getattr(config, "cache", None)  # None with `-p no:cacheprovider`.
   if cache is not None:
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    options = {
+      "jax_compilation_cache_dir": str(cache.mkdir("jax")),
+      "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    for name, value in options.items():
+      jax.config.update(name, value)
+      os.environ[name.upper()] = str(value)  # For processes that tests start.
