@@ -409,23 +409,31 @@ class _Program:
     key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
     return threefry.unpack(threefry.word(key, index))
 
-  def _factor(self, ref, units, gate=None):
-    """[factors, units], of all gates or with those of others zero."""
-    layout = self.layout
-    index = jnp.arange(layout.factors)[:, None]
-    owner = index // layout.rank
-    there = owner < GATES if gate is None else owner == gate
-    owner = jnp.minimum(owner, GATES - 1)
-    rank = index - index // layout.rank * layout.rank
-    place = (self.direction, owner, self.head, rank, units.columns)
-    return pltriton.load(ref.at[place], mask=there, other=0)
+  def _factor(self, ref, units):
+    """Of all gates, [factors, units]."""
+    index = jnp.arange(self.layout.factors)[:, None]
+    gate, rank = self._owner(index)
+    place = (self.direction, gate, self.head, rank, units.columns)
+    mask = index < GATES * self.layout.rank
+    return pltriton.load(ref.at[place], mask=mask, other=0)
 
-  def left_of(self, turn, gate, units):
-    scaled = self.scale(turn) * self._factor(self.left, units, gate)
+  def _owner(self, index):
+    """Gate and rank of a factor."""
+    gate = index // self.layout.rank
+    return jnp.minimum(gate, GATES - 1), index - gate * self.layout.rank
+
+  def left_of(self, turn, units):
+    scaled = self.scale(turn) * self._factor(self.left, units)
     return scaled.astype(self.layout.dtype)
 
   def right_of(self, source):
     return self._factor(self.right, source).astype(self.layout.dtype)
+
+  def of_gate(self, mixed, gate):
+    """What of [rows, factors] belongs to a gate, and zeros."""
+    index = jnp.arange(self.layout.factors)[None, :]
+    mine = index // self.layout.rank == gate
+    return jnp.where(mine, mixed, 0.0).astype(self.layout.dtype)
 
   def multiply(self, a, b, axis=1):
     """a [rows, K] times b, whose K is at the axis; a of its type."""
@@ -487,7 +495,7 @@ def _resident(program: _Program):
   right, left = None, None
   if layout.rank:
     right = [program.right_of(k) for k in tiles]
-    left = [[program.left_of(turn, g, units) for g in gates] for units in tiles]
+    left = [program.left_of(turn, units) for units in tiles]
 
   def load(t):
     tokens = program.tokens_at(turn, t)
@@ -505,6 +513,7 @@ def _resident(program: _Program):
       tokens = program.tokens_at(turn, t)
     h = [tile.astype(layout.dtype) for tile in h]
     mixed = sum(map(program.multiply, h, right)) if right else None
+    mixed = [program.of_gate(mixed, g) for g in gates] if right else None
     new_h, new_c = [], []
     for index, units in enumerate(tiles):
 
@@ -517,7 +526,7 @@ def _resident(program: _Program):
         for k, tile in enumerate(h):
           total += program.multiply(tile, weights[index][g][k])
         if left:
-          total += program.multiply(mixed, left[index][g], 0)
+          total += program.multiply(mixed[g], left[index], 0)
         return total
 
       made, kept = program.cell(gate, c[index])
@@ -601,8 +610,8 @@ def _streamed(program: _Program):
           given = program.inputs(turn, t, units, g, tokens[s])
           total = program.begun(given, g, biases) + sums[s][g]
           if mixed:
-            left = program.left_of(turn, g, units)
-            total += program.multiply(mixed[s], left, 0)
+            left = program.left_of(turn, units)
+            total += program.multiply(program.of_gate(mixed[s], g), left, 0)
           return total
 
         h, c = program.cell(gate, program.load_state(program.c, turn, units))
