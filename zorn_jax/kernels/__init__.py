@@ -1,7 +1,17 @@
 """Kernels: layers over time in one launch, each with a twin by XLA."""
 
 from zorn_jax.kernels.arguments import Dense, Lookup, LowRank
-from zorn_jax.kernels.lstm import lstm, tune
+from zorn_jax.kernels.lstm import IMPLEMENTATIONS, chosen, lstm, say, tune
 from zorn_jax.kernels.lstm_triton import Config
 
-__all__ = ["Config", "Dense", "Lookup", "LowRank", "lstm", "tune"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "Config",
+  "Dense",
+  "Lookup",
+  "LowRank",
+  "chosen",
+  "lstm",
+  "say",
+  "tune",
+]

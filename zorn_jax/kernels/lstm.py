@@ -24,6 +24,9 @@ from zorn_jax.kernels.lstm_triton import Config
 OUTPUTS = ("all", "last", "none")
 IMPLEMENTATIONS = (None, "xla", "triton")
 _AMPERE = 8.0  # Compute capability.
+# Programs that stream their weights, below which XLA's products, which use the
+# whole GPU for each token, are faster.
+_FEW = 32
 
 # What `tune` found: the key of a call -> its config.
 _TUNED: dict[tuple, Config] = {}
@@ -85,13 +88,11 @@ def lstm(
       choices = ", ".join(map(str, known))
       raise ValueError(f"unknown {name} {value!r}. Choose one of {choices}.")
   args = check(x_proj, r, b, carry, perturbation)
-  if implementation is None:
-    implementation = _choose(args)
   keep = output == "all"
-  if implementation == "xla":
-    h, c, all_h = lstm_xla.run(args, keep)
+  if interpret or chosen(implementation, args.h.shape[-1], _rank(args)):
+    h, c, all_h = _run_triton(args, keep, config, interpret, implementation)
   else:
-    h, c, all_h = _run_triton(args, keep, config, interpret)
+    h, c, all_h = lstm_xla.run(args, keep)
   lead = carry[0].shape[:-3]
   apart = lambda x: x.reshape(*lead, *x.shape[1:])
   made = apart(h).astype(r.dtype) if output == "last" else None
@@ -100,10 +101,7 @@ def lstm(
   return (apart(h), apart(c)), made
 
 
-def _run_triton(args, keep, config, interpret):
-  reason = _unsupported(args)
-  if reason:
-    raise ValueError(reason)
+def _run_triton(args, keep, config, interpret, implementation):
   if interpret:
     warnings.warn(
       "the LSTM kernel is interpreted, which is for tests and takes many times "
@@ -111,28 +109,48 @@ def _run_triton(args, keep, config, interpret):
       RuntimeWarning,
       stacklevel=3,
     )
-  elif jax.default_backend() == "gpu":
-    reason = _old_device()
-    if reason:
-      raise ValueError(reason)
   config = config or _TUNED.get(_key(args)) or lstm_triton.config_of(args)
   _check_config(config)
+  programs = lstm_triton.programs(args, config)
+  if implementation is None and not config.resident and programs < _FEW:
+    say(f"LSTM by XLA, because {programs} programs would not fill a GPU")
+    return lstm_xla.run(args, keep)
   return lstm_triton.run(args, keep, config, interpret)
 
 
-def _choose(args: Arguments) -> str:
-  """The implementation for this device and these arguments."""
-  device = jax.default_backend()
-  reason = None if device == "gpu" else f"the device is a {device.upper()}"
-  reason = reason or _old_device() or _unsupported(args)
-  if reason:
-    _log(f"LSTM by XLA, because {reason}")
-    return "xla"
-  _log("LSTM by the Triton kernel")
-  return "triton"
+def _rank(args: Arguments) -> int | None:
+  given = args.perturbation
+  return given.left.shape[3] if isinstance(given, LowRank) else None
 
 
-def _log(text):
+def chosen(implementation: str | None, head: int, rank: int | None) -> bool:
+  """Whether the kernel is to run; the log says so, once for each reason.
+
+  Args:
+    implementation: As of :func:`lstm`.
+    head: Width D of a head.
+    rank: Of the perturbation, if it is of low rank.
+  Raises:
+    ValueError: If "triton" is asked for what the kernel cannot do.
+  """
+  if implementation == "xla":
+    return False
+  reason = _unsupported(head, rank)
+  on_gpu = jax.default_backend() == "gpu"
+  if on_gpu:
+    reason = reason or _old_device()
+  if implementation == "triton":  # Perhaps compiled here for a GPU elsewhere.
+    if reason:
+      raise ValueError(f"{reason}. Choose implementation='xla'.")
+    return True
+  if not on_gpu:
+    reason = f"the device is a {jax.default_backend().upper()}"
+  say(f"LSTM by XLA, because {reason}" if reason else "LSTM by a Triton kernel")
+  return reason is None
+
+
+def say(text: str) -> None:
+  """Logs what is not yet in the log."""
   if text not in _LOGGED:
     _LOGGED.add(text)
     logging.info(text)
@@ -149,26 +167,17 @@ def _old_device() -> str | None:
     pass
   return (
     "the kernel needs an NVIDIA GPU of compute capability 8.0 (Ampere) or "
-    f"newer, got {capability} ({device.device_kind}). Choose "
-    "implementation='xla'."
+    f"newer, got {capability} ({device.device_kind})"
   )
 
 
-def _unsupported(args: Arguments) -> str | None:
-  """Why the kernel cannot take these arguments."""
-  head, widest = args.h.shape[-1], lstm_triton.MAX_WIDTH
+def _unsupported(head: int, rank: int | None) -> str | None:
+  """Why the kernel cannot take heads of a width, or a rank."""
+  widest, most = lstm_triton.MAX_WIDTH, lstm_triton.MAX_RANK
   if head > widest:
-    return (
-      f"the kernel holds heads of width 1 to {widest}, got {head}. Choose more "
-      "heads, or implementation='xla'."
-    )
-  if isinstance(args.perturbation, LowRank):
-    rank, most = args.perturbation.left.shape[3], lstm_triton.MAX_RANK
-    if not 1 <= rank <= most:
-      return (
-        f"the kernel takes perturbations of rank 1 to {most}, got {rank}. "
-        "Choose another rank, or implementation='xla'."
-      )
+    return f"the kernel holds heads of width 1 to {widest}, got {head}"
+  if rank is not None and not 1 <= rank <= most:
+    return f"the kernel takes perturbations of rank 1 to {most}, got {rank}"
   return None
 
 
@@ -193,7 +202,7 @@ def _key(args: Arguments) -> tuple:
     batch,
     args.r.dtype.name,
     type(given).__name__,
-    given.left.shape[3] if isinstance(given, LowRank) else 0,
+    _rank(args),
     str(jax.config.jax_default_matmul_precision),
   )
 
@@ -250,7 +259,7 @@ def tune(
       program = jax.jit(run)
       jax.block_until_ready(program(x_proj, r, b, carry, perturbation))
     except jax.errors.JaxRuntimeError as error:  # It needs too much memory.
-      _log(f"LSTM config {candidate} failed: {str(error)[:200]}")
+      say(f"LSTM config {candidate} failed: {str(error)[:200]}")
       continue
     times = []
     for _ in range(repeats):

@@ -245,30 +245,46 @@ def exact_float32(chosen: str) -> bool:
   return chosen in ("highest", "float32", "F32_F32_F32", "TF32_TF32_F32_X3")
 
 
+def programs(args: Arguments, config: Config) -> int:
+  """How many programs a launch has."""
+  members, batch, heads, _ = args.h.shape
+  if isinstance(args.perturbation, Dense) and not config.resident:
+    members //= len(args.perturbation.scales)
+  return members * heads * -(-batch // config.rows)
+
+
 def config_of(args: Arguments) -> Config:
   """The table: a config by width, type, perturbation and rows."""
-  members, batch, _, head = args.h.shape
+  _, batch, _, head = args.h.shape
   exact = exact_float32(str(jax.config.jax_default_matmul_precision))
-  return choose(
-    head, members, batch, args.r.dtype, _name(args.perturbation), exact
-  )
+  return choose(head, batch, args.r.dtype, _name(args.perturbation), exact)
 
 
 def choose(
-  head: int, members: int, batch: int, dtype, perturbation: str, exact: bool
+  head: int, batch: int, dtype, perturbation: str, exact: bool
 ) -> Config:
   """The config of `config_of`.
 
   Args:
     head: Width D of a head.
-    members: Number M.
-    batch: Rows B of each.
+    batch: Rows B of a member.
     dtype: Of the weights.
     perturbation: "", "dense" or "low rank".
     exact: Whether float32 products may not be TF32.
   """
-  del members
-  return Config(True, 64, 32, 32, 4, 1, False)
+  wide = jnp.dtype(dtype).itemsize
+  units = max(32, min(128, 1 << (head - 1).bit_length()))
+  few = batch <= 16
+  if head <= (128 if wide == 2 and few else 64):
+    # Inputs are fetched a token ahead where nothing else hides their latency.
+    warps = 8 if units in (32, 128) and few else 4
+    return Config(True, 16 if few else 64, units, units, warps, 1, few)
+  del perturbation, exact
+  if few:
+    return Config(False, 16, 64, 64, 8, 2, False)
+  if head <= 160 or wide == 4:
+    return Config(False, 64, 32, 32, 4, 2, False)
+  return Config(False, 64, 64, 32, 4, 3, False)
 
 
 class _Tile(NamedTuple):

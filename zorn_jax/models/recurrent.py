@@ -19,8 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zorn_jax import directions, perturbed, tiles
-from zorn_jax.models import cells, inputs, population, readout
+from zorn_jax import directions, kernels, perturbed, tiles
+from zorn_jax.models import cells, fused, inputs, population, readout
 
 _READOUT_SCALES = ("hidden", "head")
 _INITIAL_STATES = ("zeros", "trainable")
@@ -85,6 +85,9 @@ class Recurrent(nn.Module):
     forget_bias: Initial value of the forget gate's bias; 0 where the cell has
       no such gate.
     dtype: Type of the parameters; sums are float32 whatever it is.
+    implementation: Of `score` where parameters are perturbed: "triton" for the
+      kernel of :mod:`zorn_jax.kernels`, "xla", or None for the kernel on GPUs
+      that run it, if it takes the model; the log says which.
   Raises:
     ValueError: If a size is not positive, `hidden_size` is not a multiple of
       `num_heads`, a named choice is unknown, or an option would do nothing.
@@ -103,6 +106,7 @@ class Recurrent(nn.Module):
   initial_state: str = "zeros"
   forget_bias: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  implementation: str | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -122,11 +126,12 @@ class Recurrent(nn.Module):
       ("cell", cells.CELLS),
       ("readout_scale", _READOUT_SCALES),
       ("initial_state", _INITIAL_STATES),
+      ("implementation", kernels.IMPLEMENTATIONS),
     ):
       if getattr(self, name) not in known:
         raise ValueError(
           f"unknown {name} {getattr(self, name)!r}. Choose one of "
-          f"{', '.join(known)}."
+          f"{', '.join(map(str, known))}."
         )
     if self.forget_bias and "f" not in self._cell.gates:
       raise ValueError(
@@ -269,6 +274,8 @@ class Recurrent(nn.Module):
     plain = partial(alone, 1)
 
     def together(sizes, axes, *args):
+      if fused.takes(self, args[0], sizes, axes[0]):
+        return fused.score(self, sizes, axes, *args)
       if not _shared(args[0], axes[0]):
         one = partial(alone, math.prod(sizes))
         return population.one_by_one(one, sizes, axes, *args)
@@ -277,7 +284,9 @@ class Recurrent(nn.Module):
 
     if not _is_perturbed(args[0]):
       return plain(*args)
-    return population.mapped(plain, together, *args)
+    nowhere = jax.tree.map(lambda _: population.NONE, args)
+    one = partial(together, (), nowhere)
+    return population.mapped(one, together, *args)
 
   def _params(self):
     return {
