@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -32,6 +33,7 @@ LSTM_SIZES = {
   "small": (1600, 32),
   "medium": (9600, 64),
   "large": (66000, 220),
+  "xlarge": (297500, 350),
 }
 DIRECTIONS = ("rank one", "dense")
 _VOCABULARY = _EMBEDDING = 100
@@ -56,7 +58,12 @@ class Case(NamedTuple):
 
 
 def lstm(
-  size: str, batch_size: int, num_probes: int, length: int = 0, chunk: int = 0
+  size: str,
+  batch_size: int,
+  num_probes: int,
+  length: int = 0,
+  chunk: int = 0,
+  dtype: str = "float32",
 ) -> Case:
   """An LSTM of the paper on its copy task, or on random tokens.
 
@@ -67,8 +74,9 @@ def lstm(
     length: Random tokens T in a sequence; 0 for strings of up to 10 letters
       and their copies, T = 21.
     chunk: Of these tokens, how many are read at once; 0 for all.
+    dtype: Of the parameters.
   """
-  module = _lstm(*LSTM_SIZES[size])
+  module = _lstm(*LSTM_SIZES[size], dtype)
   if length:
     task = tasks.random_tokens(
       batch_size, _VOCABULARY, length, time_chunk=chunk or length
@@ -82,7 +90,7 @@ def lstm(
   return Case(name, models.from_linen(module), task, batch_size, num_probes)
 
 
-def _lstm(hidden_size, num_heads):
+def _lstm(hidden_size, num_heads, dtype):
   return models.Recurrent(
     "lstm",
     _VOCABULARY,
@@ -91,6 +99,7 @@ def _lstm(hidden_size, num_heads):
     num_heads,
     readout_scale="head",
     initial_state="trainable",
+    dtype=jnp.dtype(dtype),
   )
 
 

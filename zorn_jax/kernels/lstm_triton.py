@@ -5,8 +5,9 @@ that no two programs ever wait for each other.
 
 resident  The weights of the head are loaded and perturbed once, and stay in
           registers or shared memory; so do h and c.
-streamed  Tiles of the weights come from the L2 cache at every step, and h lies
-          in a buffer of the program's own, written and read between barriers.
+streamed  Tiles of the weights come from the L2 cache at every step, and h and c
+          lie in buffers of the program's own, of which that of h is written and
+          read between barriers.
           All members of a dense direction are in one program, and share each
           tile and its signs.
 
@@ -45,7 +46,8 @@ class Config(NamedTuple):
       resident ones have `units`.
     warps: Of 32 threads.
     stages: Tiles under way at once, of streamed weights.
-    prefetch: Whether resident programs load the inputs a token ahead.
+    prefetch: Whether inputs are loaded early: a token ahead by resident
+      programs, before the products of a tile by streamed ones.
   """
 
   resident: bool
@@ -179,6 +181,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   if not config.resident:
     buffer = (members, heads, layout.blocks, 2, config.rows, width)
     outputs["buffer"] = struct(buffer, layout.dtype)
+    outputs["cells"] = struct((*buffer[:3], *buffer[4:]), jnp.float32)
   programs = members // layout.scales if layout.together else members
   names = (*inputs, *outputs)
   call = pl.pallas_call(
@@ -574,6 +577,11 @@ def _streamed(program: _Program):
     place = program.member(turn), program.head, program.block, which
     return program.buffer.at[(*place, rows, tile.columns)]
 
+  def kept(turn, tile):
+    """Where c is."""
+    place = program.member(turn), program.head, program.block
+    return program.cells.at[(*place, rows, tile.columns)]
+
   def begin(index, _):
     tile = source_at(index)
     for turn in turns:
@@ -581,7 +589,7 @@ def _streamed(program: _Program):
       c = program.load_state(program.c0, turn, tile)
       pltriton.store(buffered(turn, 0, tile), h.astype(layout.dtype))
       pltriton.store(buffered(turn, 1, tile), jnp.zeros(h.shape, layout.dtype))
-      program.store_state(program.c, turn, tile, c)
+      pltriton.store(kept(turn, tile), c)
     return 0
 
   def step(t, _):
@@ -616,27 +624,38 @@ def _streamed(program: _Program):
             sums[s][g] += program.multiply(h[s], weights[s])
         return sums
 
-      zeros = jnp.zeros((config.rows, config.units), jnp.float32)
-      nothing = [[zeros] * GATES for _ in turns]
-      sums = jax.lax.fori_loop(0, count(config.depth), add, nothing)
+      def others(s, g):
+        """What has a part in a gate beside R h."""
+        biases = program.biases(turns[s], units)
+        given = program.inputs(turns[s], t, units, g, tokens[s])
+        total = program.begun(given, g, biases)
+        if mixed:
+          left = program.left_of(turns[s], units)
+          total += program.multiply(program.of_gate(mixed[s], g), left, 0)
+        return total
+
+      members, gates = range(len(turns)), range(GATES)
+      if config.prefetch:
+        sums = [[others(s, g) for g in gates] for s in members]
+        c = [pltriton.load(kept(turn, units)) for turn in turns]
+      else:
+        zeros = jnp.zeros((config.rows, config.units), jnp.float32)
+        sums = [[zeros] * GATES for _ in turns]
+      sums = jax.lax.fori_loop(0, count(config.depth), add, sums)
       for s, turn in enumerate(turns):
-        biases = program.biases(turn, units)
-
-        def gate(g, s=s, turn=turn, biases=biases):
-          given = program.inputs(turn, t, units, g, tokens[s])
-          total = program.begun(given, g, biases) + sums[s][g]
-          if mixed:
-            left = program.left_of(turn, units)
-            total += program.multiply(program.of_gate(mixed[s], g), left, 0)
-          return total
-
-        h, c = program.cell(gate, program.load_state(program.c, turn, units))
+        if config.prefetch:
+          gate, before = sums[s].__getitem__, c[s]
+        else:
+          gate = lambda g, s=s: sums[s][g] + others(s, g)
+          before = pltriton.load(kept(turn, units))
+        h, after = program.cell(gate, before)
         narrow = h.astype(layout.dtype)
         pltriton.store(buffered(turn, (t + 1) & 1, units), narrow)
-        program.store_state(program.c, turn, units, c)
+        pltriton.store(kept(turn, units), after)
         program.store_output(turn, t, units, h)
         last = t == layout.length - 1
         program.store_state(program.h, turn, units, h, last)
+        program.store_state(program.c, turn, units, after, last)
       return 0
 
     return jax.lax.fori_loop(0, count(config.units), tile_of_units, 0)
