@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -104,12 +105,8 @@ def test_sample_is_a_function_of_its_seed(uninterrupted):
   again = sample("--prompt=ab ", "--temperature=2", "--seed=1")
   other = sample("--prompt=ab ", "--temperature=2", "--seed=2")
   assert first.stdout == again.stdout != other.stdout
-  greedy = [
-    sample("--prompt=a", "--temperature=0", f"--seed={s}") for s in "12"
-  ]
-  assert greedy[0].stdout == greedy[1].stdout
-  assert "not in the vocabulary" in sample("--prompt=é").stderr
-  several = sample("--prompt=ab", "--prompt=a", "--best", "--top_p=0.9")
+  several = sample("--prompt=ab", "--prompt=aé", "--best", "--top_p=0.9")
+  assert "not in the vocabulary" in several.stderr
   assert several.stdout.startswith("=== prompt 1 of 2 ===\nab")
   assert "\n\n=== prompt 2 of 2 ===\na" in several.stdout
 
@@ -163,17 +160,22 @@ def test_mistakes_are_one_sentence_before_anything_is_written(
 
 
 def test_workdir_of_another_config_is_refused_and_kept(uninterrupted):
-  workdir, scores = uninterrupted
+  workdir, _ = uninterrupted
+  contents = lambda: {
+    path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
+  }
+  before = contents()
   done = small.run(*small.train_command(workdir, "--config.learning_rate=1"))
   assert done.returncode == 1
   assert "learning_rate (0.02 there, 1.0 here)" in done.stderr
-  assert small.evaluate(workdir) == scores
+  assert contents() == before
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
-  workdir = tmp_path / "damaged"
-  assert small.run(*small.train_command(workdir)).returncode == 0
-  scores = small.evaluate(workdir)
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+  uninterrupted, tmp_path
+):
+  workdir, (original, scores) = tmp_path / "damaged", uninterrupted
+  shutil.copytree(original, workdir)
   last = workdir / "checkpoints" / "160"
   for path in last.rglob("*"):
     if path.is_file():
