@@ -44,6 +44,11 @@ def example(
     tokens = jax.random.randint(key, (*lead, batch, length), 0, 7)
     table = normal(4, *lead, 7, heads, 4, head)
     x = kernels.Lookup(table, tokens)
+    if looked_up == "with factors":
+      left, right = normal(7, *lead, 2, 7), normal(8, *lead, 2, heads, 4, head)
+      x = kernels.Lookup(
+        table.reshape(-1, *table.shape[-4:])[0], tokens, left, right
+      )
   else:
     x = normal(4, *lead, batch, length, heads, 4, head).astype(dtype)
   scales = jnp.asarray([0.3, -0.2])
@@ -76,7 +81,11 @@ def oracle(x_proj, r, b, carry, perturbation):
   lead = carry[0].shape[:-3]
   flat = lambda x, n: np.asarray(x, np.float64).reshape(-1, *x.shape[n:])
   if isinstance(x_proj, kernels.Lookup):
-    table, tokens = flat(x_proj.table, len(lead)), np.asarray(x_proj.tokens)
+    table, tokens = np.asarray(x_proj.table, float), np.asarray(x_proj.tokens)
+    if x_proj.left is not None:
+      moved = np.einsum("...kv,...kngd->...vngd", x_proj.left, x_proj.right)
+      table = table + moved
+    table = table.reshape(-1, *table.shape[len(lead) :])
     tokens = tokens.reshape(-1, *tokens.shape[len(lead) :])
     x = np.stack([t[row] for t, row in zip(table, tokens, strict=True)])
   else:
@@ -151,6 +160,7 @@ def test_odd_widths(head, config):
 @pytest.mark.parametrize("perturbation", ["", "dense", "low rank"])
 def test_lookup(perturbation, config):
   check(example(perturbation, looked_up=True), CONFIGS[config])
+  check(example(perturbation, looked_up="with factors"), CONFIGS[config])
 
 
 @pytest.mark.parametrize("config", ["resident", "streamed"])

@@ -63,8 +63,13 @@ def arguments(case: Case):
   }[case.perturbation]
   x = struct(shape, case.dtype)
   if case.looked_up:
-    table = struct((*lead, 100, HEADS, 4, width), jnp.float32)
-    x = kernels.Lookup(table, struct((case.batch, LENGTH), jnp.int32))
+    tokens, own = struct((case.batch, LENGTH), jnp.int32), lead
+    factors = ()
+    if case.perturbation == "low rank":
+      factors = ((*lead, 3, 100), (*lead, 3, HEADS, 4, width))
+      factors, own = (struct(x, jnp.float32) for x in factors), ()
+    table = struct((*own, 100, HEADS, 4, width), jnp.float32)
+    x = kernels.Lookup(table, tokens, *factors)
   return (
     x,
     struct((4, HEADS, width, width), case.dtype),

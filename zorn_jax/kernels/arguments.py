@@ -39,13 +39,20 @@ class LowRank(NamedTuple):
 class Lookup(NamedTuple):
   """Projected inputs that are rows of a table, which the kernel fetches.
 
+  Each member may have a table of its own, or it is table + Σ_k left_k right_kᵀ
+  with factors of its own, which is never formed.
+
   Attributes:
     table: [V, N, G, D], or each member's own [P, S, V, N, G, D].
     tokens: int32 [B, T] in [0, V), or each member's own [P, S, B, T].
+    left: [P, S, k, V], or None.
+    right: [P, S, k, N, G, D], or None.
   """
 
   table: jax.Array
   tokens: jax.Array
+  left: jax.Array | None = None
+  right: jax.Array | None = None
 
 
 class Arguments(NamedTuple):
@@ -54,6 +61,7 @@ class Arguments(NamedTuple):
   Attributes:
     x: [M, B, T, N, G, D], or with tokens the table [M or 1, V, N, G, D].
     tokens: int32 [M or 1, B, T], or None.
+    factors: Of the table, [M, k, V] and [M, k, N, G, D], or None.
     r: [G, N, D, D], out by in.
     b: [M or 1, G, N, D].
     h: float32 [M, B, N, D].
@@ -63,6 +71,7 @@ class Arguments(NamedTuple):
 
   x: jax.Array
   tokens: jax.Array | None
+  factors: tuple[jax.Array, jax.Array] | None
   r: jax.Array
   b: jax.Array
   h: jax.Array
@@ -107,8 +116,15 @@ def check(x_proj, r, b, carry, perturbation) -> Arguments:
       "axes as `lstm` says."
     )
 
+  factors = None
   if isinstance(x_proj, Lookup):
     x = merged("table", x_proj.table, None, heads, gates, head)
+    if x_proj.left is not None and x_proj.right is not None:
+      rank = x_proj.left.shape[-2]
+      factors = (
+        merged("left", x_proj.left, rank, x.shape[1], shared=False),
+        merged("right", x_proj.right, rank, heads, gates, head, shared=False),
+      )
     tokens = merged("tokens", x_proj.tokens, None, None)
     if tokens.dtype != jnp.int32:
       raise ValueError(f"tokens must be int32, got {tokens.dtype}. Cast them.")
@@ -133,7 +149,7 @@ def check(x_proj, r, b, carry, perturbation) -> Arguments:
         f"{name} of the carry must be float32, got {state.dtype}. Cast it."
       )
   b = merged("b", b, gates, heads, head)
-  return Arguments(x, tokens, r, b, *states, perturbation)
+  return Arguments(x, tokens, factors, r, b, *states, perturbation)
 
 
 def _check_floating(**arrays):

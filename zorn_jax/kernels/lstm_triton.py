@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from zorn_jax.kernels import threefry
-from zorn_jax.kernels.arguments import GATES, Arguments, Dense
+from zorn_jax.kernels.arguments import GATES, Arguments, Dense, LowRank
 
 MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
 MAX_RANK = 16
@@ -74,7 +74,9 @@ class _Layout(NamedTuple):
   own_bias: bool
   perturbation: str  # "", "dense" or "low rank".
   scales: int
-  rank: int
+  mixes: bool  # Whether h has a part in factors, as have tokens.
+  mixes_tokens: bool
+  factors: int  # Of all gates, padded to what a product takes.
   keep: bool
   precision: Any
   interpret: bool
@@ -98,11 +100,6 @@ class _Layout(NamedTuple):
       tiles.append(_Tile(start, size))
       start += size
     return tiles
-
-  @property
-  def factors(self):
-    """Factors of all gates, padded to what a product takes."""
-    return max(16, 1 << (GATES * self.rank - 1).bit_length())
 
   @property
   def padded(self):
@@ -142,9 +139,9 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     own_bias=len(args.b) > 1,
     perturbation=_name(given),
     scales=1 if given is None else len(given.scales),
-    rank=0
-    if given is None or isinstance(given, Dense)
-    else given.left.shape[3],
+    mixes=isinstance(given, LowRank),
+    mixes_tokens=args.factors is not None,
+    factors=_num_factors(args),
     keep=keep,
     precision=_precision(args.r.dtype, interpret),
     interpret=interpret,
@@ -157,6 +154,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   inputs = {"r": r, "h0": args.h, "c0": args.c}
   if looked_up:
     table = halved(args.x + b.swapaxes(1, 2)[:, None], -2)
+    table = table.astype(layout.dtype)
     inputs |= {"x": _pad(table, width), "tokens": args.tokens}
   else:
     inputs |= {"x": args.x, "b": _pad(halved(b, 1), width)}
@@ -166,11 +164,8 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
       drawn = _words(args.r.shape, given)
       drawn = _pad(drawn, width, width // _BITS)
     inputs |= {"scales": given.scales, "drawn": drawn}
-  elif given is not None:
-    wide = lambda x: _pad(x.astype(jnp.float32), width)
-    left = halved(given.left.astype(jnp.float32), 1)
-    inputs |= {"left": wide(left), "right": wide(given.right)}
-    inputs["scales"] = given.scales
+  if layout.factors:
+    inputs |= _factors(args, layout.factors, width)
   struct = jax.ShapeDtypeStruct
   state = struct((members, batch, heads, head), jnp.float32)
   outputs = {"h": state, "c": state}
@@ -199,6 +194,46 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
     made = dict(zip(outputs, call(*inputs.values()), strict=True))
   return made["h"], made["c"], made.get("all_h")
+
+
+def _num_factors(args):
+  count = GATES * args.perturbation.left.shape[3] if _mixes(args) else 0
+  count += 0 if args.factors is None else args.factors[0].shape[1]
+  return max(16, 1 << (count - 1).bit_length()) if count else 0
+
+
+def _mixes(args):
+  return isinstance(args.perturbation, LowRank)
+
+
+def _factors(args, count, width):
+  """Of R and of the table, so that both are corrected by one product.
+
+  Each gate gets Σ_f left_f m_f, where m_f is right_f · h for factors of R, and
+  for factors of the table a token's coefficient. Those of the other gates are
+  zero.
+  """
+  members, given, dtype = len(args.h), args.perturbation, args.r.dtype
+  lefts, inputs = [], {}
+  if _mixes(args):
+    directions, gates, heads, rank, head = given.left.shape
+    shape = (directions, heads, gates * rank, head)
+    right = given.right.swapaxes(1, 2).reshape(shape)
+    inputs["right"] = _pad(right, count, width).astype(dtype)
+    apart = jnp.eye(gates).reshape(1, gates, 1, gates, 1, 1)
+    left = apart * given.left.astype(jnp.float32)[:, :, :, None]
+    left = left.reshape(directions, 1, gates, heads, gates * rank, head)
+    left = given.scales.reshape(1, -1, 1, 1, 1, 1) * left
+    lefts.append(left.reshape(members, *left.shape[2:]))
+  if args.factors is not None:
+    of_tokens, right = (x.astype(jnp.float32) for x in args.factors)
+    lefts.append(right.transpose(0, 3, 2, 1, 4))  # [M, G, N, k, D]
+    before = lefts[0].shape[3] if _mixes(args) else 0
+    of_tokens = jnp.pad(of_tokens.mT, [(0, 0), (0, 0), (before, 0)])
+    inputs["coefficients"] = _pad(of_tokens, count)  # [M, V, F]
+  left = jnp.concatenate(lefts, axis=3) * _along(1, 5)
+  inputs["left"] = _pad(left, count, width).astype(dtype)
+  return inputs
 
 
 def _along(axis, rank):
@@ -396,7 +431,7 @@ class _Program:
   def begun(self, x, gate, biases):
     """The sums of a gate before h has its part."""
     if biases is None:
-      return x
+      return x.astype(jnp.float32)
     return _HALVES[gate] * x.astype(jnp.float32) + biases[gate]
 
   def weights(self, gate, units: _Tile, source: _Tile):
@@ -428,31 +463,26 @@ class _Program:
     key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
     return threefry.unpack(threefry.word(key, index))
 
-  def _factor(self, ref, units):
-    """Of all gates, [factors, units]."""
-    index = jnp.arange(self.layout.factors)[:, None]
-    gate, rank = self._owner(index)
-    place = (self.direction, gate, self.head, rank, units.columns)
-    mask = index < GATES * self.layout.rank
-    return pltriton.load(ref.at[place], mask=mask, other=0)
-
-  def _owner(self, index):
-    """Gate and rank of a factor."""
-    gate = index // self.layout.rank
-    return jnp.minimum(gate, GATES - 1), index - gate * self.layout.rank
-
-  def left_of(self, turn, units):
-    scaled = self.scale(turn) * self._factor(self.left, units)
-    return scaled.astype(self.layout.dtype)
+  def left_of(self, turn, gate, units):
+    """[factors, units]."""
+    places = jnp.arange(self.layout.factors)[:, None]
+    member = self.member(turn)
+    return pltriton.load(
+      self.left.at[member, gate, self.head, places, units.columns]
+    )
 
   def right_of(self, source):
-    return self._factor(self.right, source).astype(self.layout.dtype)
+    """[factors, source]."""
+    places = jnp.arange(self.layout.factors)[:, None]
+    return pltriton.load(
+      self.right.at[self.direction, self.head, places, source.columns]
+    )
 
-  def of_gate(self, mixed, gate):
-    """What of [rows, factors] belongs to a gate, and zeros."""
-    index = jnp.arange(self.layout.factors)[None, :]
-    mine = index // self.layout.rank == gate
-    return jnp.where(mine, mixed, 0.0).astype(self.layout.dtype)
+  def coefficients_of(self, turn, tokens):
+    """What tokens have to do with the factors, [rows, factors]."""
+    places = jnp.arange(self.layout.factors)[None, :]
+    at = self.coefficients.at[self.member(turn), tokens, places]
+    return pltriton.load(at)
 
   def multiply(self, a, b, axis=1):
     """a [rows, K] times b, whose K is at the axis; a of its type."""
@@ -511,28 +541,35 @@ def _resident(program: _Program):
     for units in tiles
   ]
   biases = [program.biases(turn, units) for units in tiles]
-  right, left = None, None
-  if layout.rank:
-    right = [program.right_of(k) for k in tiles]
-    left = [program.left_of(turn, units) for units in tiles]
+  right = [program.right_of(k) for k in tiles] if layout.mixes else None
+  lefts = None
+  if layout.factors and len(tiles) == 1:  # Of more there is no room.
+    lefts = [program.left_of(turn, g, tiles[0]) for g in gates]
 
   def load(t):
     tokens = program.tokens_at(turn, t)
-    return [
+    x = [
       [program.inputs(turn, t, units, gate, tokens) for gate in gates]
       for units in tiles
     ]
+    return x, tokens
 
   def step(t, carry):
-    h, c, x = carry
-    ahead, tokens = x, None
+    h, c, x, tokens = carry
+    ahead = x, tokens
     if config.prefetch:
       ahead = load(jnp.minimum(t + 1, layout.length - 1))
     else:
       tokens = program.tokens_at(turn, t)
     h = [tile.astype(layout.dtype) for tile in h]
-    mixed = sum(map(program.multiply, h, right)) if right else None
-    mixed = [program.of_gate(mixed, g) for g in gates] if right else None
+    mixed = None
+    if layout.mixes_tokens:
+      mixed = program.coefficients_of(turn, tokens)
+    if layout.mixes:
+      products = sum(map(program.multiply, h, right))
+      mixed = products if mixed is None else products + mixed
+    if mixed is not None:
+      mixed = mixed.astype(layout.dtype)
     new_h, new_c = [], []
     for index, units in enumerate(tiles):
 
@@ -544,22 +581,23 @@ def _resident(program: _Program):
         total = program.begun(given, g, biases[index])
         for k, tile in enumerate(h):
           total += program.multiply(tile, weights[index][g][k])
-        if left:
-          total += program.multiply(mixed[g], left[index], 0)
+        if mixed is not None:
+          left = lefts[g] if lefts else program.left_of(turn, g, units)
+          total += program.multiply(mixed, left, 0)
         return total
 
       made, kept = program.cell(gate, c[index])
       program.store_output(turn, t, units, made)
       new_h.append(made)
       new_c.append(kept)
-    return new_h, new_c, ahead
+    return new_h, new_c, *ahead
 
   h, c = (
     [program.load_state(ref, turn, units) for units in tiles]
     for ref in (program.h0, program.c0)
   )
-  carry = h, c, load(0) if config.prefetch else []
-  h, c, _ = jax.lax.fori_loop(0, layout.length, step, carry)
+  carry = h, c, *(load(0) if config.prefetch else ([], None))
+  h, c, *_ = jax.lax.fori_loop(0, layout.length, step, carry)
   for units, tile, kept in zip(tiles, h, c, strict=True):
     program.store_state(program.h, turn, units, tile)
     program.store_state(program.c, turn, units, kept)
@@ -605,11 +643,14 @@ def _streamed(program: _Program):
         for turn, sums in zip(turns, mixed, strict=True)
       ]
 
-    mixed = None
-    if layout.rank:
+    mixed = []
+    if layout.mixes:
       zeros = jnp.zeros((config.rows, layout.factors), jnp.float32)
       nothing = [zeros for _ in turns]
       mixed = jax.lax.fori_loop(0, count(config.depth), mix, nothing)
+    if layout.mixes_tokens:
+      more = map(program.coefficients_of, turns, tokens)
+      mixed = list(map(jnp.add, mixed, more)) if mixed else list(more)
 
     def tile_of_units(index, _):
       units = units_at(index)
@@ -630,8 +671,8 @@ def _streamed(program: _Program):
         given = program.inputs(turns[s], t, units, g, tokens[s])
         total = program.begun(given, g, biases)
         if mixed:
-          left = program.left_of(turns[s], units)
-          total += program.multiply(program.of_gate(mixed[s], g), left, 0)
+          left = program.left_of(turns[s], g, units)
+          total += program.multiply(mixed[s], left, 0)
         return total
 
       members, gates = range(len(turns)), range(GATES)

@@ -65,6 +65,9 @@ def _inputs(args):
   members = len(args.h)
   every = lambda x: jnp.broadcast_to(x, (members, *x.shape[1:]))
   table = args.x if len(args.x) == 1 else every(args.x)
+  if args.factors is not None:
+    moved = jnp.einsum("mkv,mkngd->mvngd", *args.factors)
+    table = table.astype(jnp.float32) + moved
   tokens = jnp.moveaxis(every(args.tokens), 2, 0)  # [T, M, B]
   if len(table) == 1:
     return tokens, lambda token: take(table[0], token)

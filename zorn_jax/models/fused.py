@@ -81,30 +81,35 @@ def score(module, sizes, axes, params, carry, tokens, targets):
   layer, at = params["layers"][0], at_params["layers"][0]
   front = sizes[::-1]
   lead, perturbation = _perturbation(sizes, at["r"], layer["r"])
-  own = lambda x, where: (
-    x.reshape(*lead, *x.shape[len(front) :]) if where else x
-  )
 
   def of_each(function, where, *args):
     found, varies = _of_each(function, sizes, where, *args)
-    return own(found, varies)
+    return found.reshape(*lead, *found.shape[len(front) :]) if varies else found
 
-  def every(x, where):
-    """An array with all members, where it may be one for all."""
-    x = of_each(lambda x: x, (where,), x)
-    return x if where else jnp.broadcast_to(x, (*lead, *x.shape))
+  def of_all(function, where, *args):
+    """With all members, also where they have one in common."""
+    found, varies = _of_each(function, sizes, where, *args)
+    if not varies:
+      return jnp.broadcast_to(found, (*lead, *found.shape))
+    return found.reshape(*lead, *found.shape[len(front) :])
 
   heads, head = module.num_heads, module.head_size
-  where = (at_params["embed"], at["w_in"])
-  table = of_each(_table, where, params["embed"], layer["w_in"])
-  table = table.reshape(*table.shape[:-1], heads, -1, head)
+  x, b = _inputs(
+    of_each,
+    of_all,
+    (params["embed"], layer["w_in"], layer["b"]),
+    (at_params["embed"], at["w_in"], at["b"]),
+    lambda x: x.reshape(*x.shape[:-1], heads, -1, head),
+  )
+  tokens = of_each(lambda x: x.astype(jnp.int32), (at_tokens,), tokens)
   after, h = kernels.lstm(
-    kernels.Lookup(
-      table, of_each(lambda x: x.astype(jnp.int32), (at_tokens,), tokens)
-    ),
+    x._replace(tokens=tokens),
     layer["r"].value,
-    of_each(perturbed.materialize, (at["b"],), layer["b"]),
-    tuple(map(every, carry, at_carry)),
+    b,
+    tuple(
+      of_all(lambda x: x, (where,), x)
+      for x, where in zip(carry, at_carry, strict=True)
+    ),
     perturbation=perturbation,
     implementation="triton",
   )
@@ -156,6 +161,50 @@ def _perturbation(sizes, axes, leaf):
   keys = jnp.broadcast_to(keys, (*sizes[:0:-1], 2)).reshape(-1, 2)
   scales = jnp.broadcast_to(leaf.scales[..., 0], (inner,))
   return (members // inner, inner), kernels.Dense(keys, scales)
+
+
+def _inputs(of_each, of_all, leaves, axes, by_head):
+  """The projected inputs of all members, without tokens, and their biases.
+
+  Where parameters have factors, all share one table, and the factors of the
+  table are those of the product of embedding and input projection, and one for
+  the bias.
+  """
+  embed, w_in, b = leaves
+  if not all(map(_is_shared, leaves, axes)):
+    table = of_each(_table, axes[:2], embed, w_in)
+    b = of_each(perturbed.materialize, axes[2:], b)
+    return kernels.Lookup(by_head(table), None), b
+
+  value = lambda leaf: leaf.value if perturbed.is_perturbed(leaf) else leaf
+  table = by_head(_table(value(embed), value(w_in)))
+
+  def factors(embed, w_in, b):
+    """[k, V] and [k, N, G, D]."""
+    with jax.default_matmul_precision("highest"):
+      product = perturbed.matmul(embed, w_in)
+      left, right = [], []
+      if perturbed.is_perturbed(product):
+        left.append(product.scale * product.left)
+        right.append(by_head(product.right))
+      if perturbed.is_perturbed(b):
+        moved = b.scale * jnp.einsum("...rm,...rk->...mk", b.left, b.right)
+        left.append(jnp.ones((1, table.shape[0])))
+        right.append(moved.swapaxes(0, 1)[None])
+    return jnp.concatenate(left), jnp.concatenate(right)
+
+  if any(map(perturbed.is_perturbed, leaves)):
+    left = of_all(lambda *args: factors(*args)[0], axes, *leaves)
+    right = of_all(lambda *args: factors(*args)[1], axes, *leaves)
+    return kernels.Lookup(table, None, left, right), value(b)
+  return kernels.Lookup(table, None), b
+
+
+def _is_shared(leaf, axes) -> bool:
+  """Whether members have all but factors in common."""
+  if perturbed.is_deferred(leaf):
+    return False
+  return not (axes.value if perturbed.is_perturbed(leaf) else axes)
 
 
 def _table(embed, w_in):
