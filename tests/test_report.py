@@ -3,15 +3,17 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import small
 
-from zorn_jax import diagnostics, journal, workdir
+from zorn_jax import build, diagnostics, journal, workdir
 from zorn_jax.report import benches, claims, curves, document, render, runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -446,26 +448,37 @@ def test_steps_of_the_smoke_test():
   assert found.ours[0] == (5, 5, 5) and found.word == claims.CONFIRMED
 
 
+def measured_file(tmp_path, *rows):
+  content = {"suite": "paper", "machine": MACHINE, "tables": {"steps": rows}}
+  return write(tmp_path / "steps.json", content)
+
+
 def test_times_of_other_devices_are_shown_and_not_judged(tmp_path):
-  row = {"case": "LSTM tiny", "batch": 64, "probes": 96, "program": "rank one"}
-  row |= {"ms": 376.0, "ms_quartiles": [370.0, 380.0]}
-  content = {"suite": "step", "machine": MACHINE, "tables": {"steps": [row]}}
-  file = write(tmp_path / "step.json", content)
+  row = {"case": "LSTM tiny", "batch": 64, "probes": 96, "program": "CD-RGE"}
+  row |= {"devices": 1, "ms": 376.0, "ms_quartiles": [370.0, 380.0]}
+  other = row | {"devices": 2, "ms": 1.0}
+  found = verdict("a step of LSTM tiny", (), [measured_file(tmp_path, other)])
+  assert found.ours == ()
+  file = measured_file(tmp_path, other, row)
   found = verdict("a step of LSTM tiny", (), [file])
   assert found.word == claims.UNTESTED and "a CPU" in found.why
   assert found.ours[0] == pytest.approx((0.376, 0.37, 0.38))
-  write(file, content | {"quick": True})
+  row["ms"] = None  # It did not fit.
+  file = measured_file(tmp_path, row)
   assert verdict("a step of LSTM tiny", (), [file]).ours == ()
 
 
-def test_an_overhead_is_a_column(tmp_path):
-  row = {"overhead_reduction": 0.74}
-  tables = {"replication": [row]}
-  content = {"suite": "memory", "machine": MACHINE, "tables": tables}
-  file = write(tmp_path / "a.json", content)
-  assert verdict("73.5", (), [file]).word == claims.CONFIRMED
-  row["overhead_reduction"] = 0.7
-  assert verdict("73.5", (), [write(file, content)]).word == claims.REFUTED
+def test_the_overhead_that_is_saved(tmp_path):
+  for ours, word in ((26, claims.CONFIRMED), (30, claims.REFUTED)):
+    rows = [
+      {"case": "replication", "program": program, "overhead_mb": x}
+      for program, x in (("BPTT", 100), ("CD-RGE", ours))
+    ]
+    found = verdict("73.5", (), [measured_file(tmp_path, *rows)])
+    assert found.ours[0].median == pytest.approx(100 - ours)
+    assert found.word == word
+    file = measured_file(tmp_path, rows[0])
+    assert verdict("73.5", (), [file]).word == claims.UNTESTED
 
 
 def test_every_claim_says_its_rule():
@@ -666,3 +679,63 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
     assert done.returncode == 1 and message in done.stderr
     assert done.stderr.count("\n") == 1
   assert not (tmp_path / "out.html").exists()
+
+
+# The scripts that make what is reported.
+
+
+def paper(name, folder, *args):
+  environment = os.environ | {
+    "ZORN_RUNS": str(folder),
+    "PYTHON": sys.executable,
+  }
+  return subprocess.run(
+    [small.ROOT / "scripts" / "paper" / f"{name}.sh", *args],
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "known"),
+  [
+    ("table1", "LSTM tiny"),
+    ("figure1", "spsa1_5 @ 2"),
+    ("table2", "Task: add"),
+    ("smoke", "Task: random_tokens"),
+    ("replication", "Task: copy"),
+  ],
+)
+def test_a_script_of_the_paper_runs_and_goes_on(name, known, tmp_path):
+  done = paper(name, tmp_path, "--size=smoke")
+  assert done.returncode == 0, done.stderr
+  text = (tmp_path / f"{name}-smoke" / "report.html").read_text()
+  assert known in text and "not all runs" not in done.stderr
+  again = paper(name, tmp_path, "--size=smoke")
+  assert again.returncode == 0 and "started" not in again.stderr
+
+
+@pytest.mark.parametrize("name", ["dnc", "lstm"])
+def test_the_solvers_of_the_configs_differ_in_nothing_else(name):
+  path = small.ROOT / "configs" / "paper" / f"{name}.py"
+  arg = "scale=1,solver={}" if name == "dnc" else "tiny,{}"
+  plain = small.config(path, arg.format("cd_rge")).to_dict()
+  for solver in ("sgd", "adamw"):
+    config = small.config(path, arg.format(solver))
+    assert build.experiment(config).num_probes == 0
+    config = config.to_dict()
+    assert config["learning_rate"] == plain["learning_rate"]
+    assert config["model"] == plain["model"]
+    assert config["task"] == plain["task"]
+  with pytest.raises(ValueError, match="unknown solver 'adam'. Choose one of"):
+    small.config(path, arg.format("adam"))
+
+
+def test_a_script_of_the_paper_knows_its_arguments(tmp_path):
+  done = paper("figure1", tmp_path, "--size=small")
+  assert done.returncode == 1
+  assert done.stderr == (
+    "error: unknown argument --size=small. Write --size=cpu, full or smoke.\n"
+  )

@@ -8,6 +8,7 @@ scale=8         H = M = S = 128 scale; the figure has 1, 2, 4 to 64.
 controller=rnn  or lstm, the one of the code that was published later.
 input=32        Width E of the embedding; `scale` for 128 scale.
 probes=512      Probes in a step; the figure has 8, 96 and 512.
+solver=cd_rge   or spsa1_5, or BPTT by sgd or adamw, without probes.
 
 With the defaults the model has the 6,553,893 parameters of the authors' log,
 whose losses were 5.299, 4.759, 4.348 and 3.950 in the first four steps, on a
@@ -21,7 +22,14 @@ SGD. The memory starts at zero, as theirs did, and so is only one vector;
 import ml_collections
 
 _CONTROLLERS = ("rnn", "lstm")
-_DEFAULTS = {"scale": "8", "controller": "rnn", "input": "32", "probes": "512"}
+_SOLVERS = ("cd_rge", "spsa1_5", "sgd", "adamw")
+_DEFAULTS = {
+  "scale": "8",
+  "controller": "rnn",
+  "input": "32",
+  "probes": "512",
+  "solver": "cd_rge",
+}
 
 
 def _options(arg):
@@ -62,6 +70,11 @@ def get_config(arg=""):
     raise ValueError(
       f"unknown controller {controller!r}. Choose one of "
       f"{', '.join(_CONTROLLERS)}."
+    )
+  solver = options["solver"]
+  if solver not in _SOLVERS:
+    raise ValueError(
+      f"unknown solver {solver!r}. Choose one of {', '.join(_SOLVERS)}."
     )
   if options["input"] == "scale":
     embedding_size = size
@@ -119,6 +132,29 @@ def get_config(arg=""):
   config.optimizer.momentum = 0.0
   config.optimizer.schedule = "constant"
   config.optimizer.warmup_steps = 0
+
+  if solver == "spsa1_5":
+    config.estimator.name = solver
+  if solver in ("sgd", "adamw"):
+    config.num_probes = 0
+    del config.epsilon  # It refers to the learning rate.
+    config.epsilon = 0.0
+    config.epsilon_schedule = "constant"
+    config.estimator = {
+      "name": "bptt",
+      "micro_batches": 1,
+      "truncation": 0,  # Chunks of time; 0 for none.
+      "checkpoint": False,
+    }
+  if solver == "adamw":
+    config.optimizer = {
+      "name": "adam",
+      "b1": 0.9,
+      "b2": 0.999,
+      "weight_decay": 0.01,
+      "schedule": "constant",
+      "warmup_steps": 0,
+    }
 
   config.watch = ml_collections.ConfigDict()
   config.watch.explosion = 0.0  # Times the average loss; 0 to let it.

@@ -5,6 +5,8 @@ python -m zorn_jax.cli.train --config=configs/paper/lstm.py:tiny --workdir=DIR
 The sizes are tiny, small, medium, large, xlarge and xxlarge (copy task), and
 smoke_large and smoke_7b, which learn ten random tokens by heart: the authors'
 logs went from 7.54 to 0.095 in five steps and from 15.95 to 0.047 in seven.
+A solver may follow, as in `lstm.py:tiny,adamw`: cd_rge, or BPTT by sgd or
+adamw.
 Epsilon follows the learning rate, one batch is shared by all probes, the
 directions are dense signs, the optimiser is plain SGD.
 """
@@ -24,7 +26,16 @@ _SIZES = {
 }
 
 
-def get_config(size="tiny"):
+_SOLVERS = ("cd_rge", "sgd", "adamw")
+
+
+def get_config(arg="tiny"):
+  size, _, solver = arg.partition(",")
+  solver = solver or "cd_rge"
+  if solver not in _SOLVERS:
+    raise ValueError(
+      f"unknown solver {solver!r}. Choose one of {', '.join(_SOLVERS)}."
+    )
   if size not in _SIZES:
     raise ValueError(
       f"unknown size {size!r}. Choose one of {', '.join(_SIZES)}."
@@ -86,6 +97,27 @@ def get_config(size="tiny"):
   config.optimizer.momentum = 0.0
   config.optimizer.schedule = "constant"
   config.optimizer.warmup_steps = 0
+
+  if solver != "cd_rge":
+    config.num_probes = 0
+    del config.epsilon  # It refers to the learning rate.
+    config.epsilon = 0.0
+    config.epsilon_schedule = "constant"
+    config.estimator = {
+      "name": "bptt",
+      "micro_batches": 1,
+      "truncation": 0,  # Chunks of time; 0 for none.
+      "checkpoint": False,
+    }
+  if solver == "adamw":
+    config.optimizer = {
+      "name": "adam",
+      "b1": 0.9,
+      "b2": 0.999,
+      "weight_decay": 0.01,
+      "schedule": "constant",
+      "warmup_steps": 0,
+    }
 
   config.watch = ml_collections.ConfigDict()
   config.watch.explosion = 0.0  # Times the average loss; 0 to let it.

@@ -1,0 +1,72 @@
+# Sourced by the scripts beside it: their arguments, and what they share.
+#   --size=cpu     at most half an hour on two cores; without a GPU the default
+#   --size=full    for a GPU; the default where there is one
+#   --size=smoke   a minute or two: whether all runs, not what it finds
+#   PYTHON         one that has zorn_jax with its extra plot (python)
+#   ZORN_RUNS      folder in which NAME-SIZE is made (runs/paper)
+# A script that was interrupted goes
+# on where it was when it is started again, and ends with report.html there.
+set -euo pipefail
+trap 'exit 130' INT TERM
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
+size=
+for arg; do
+  case $arg in
+    --size=cpu | --size=full | --size=smoke) size=${arg#*=} ;;
+    --ptb=*) ptb=${arg#*=} ;;
+    *) fail "unknown argument $arg. Write --size=cpu, full or smoke." ;;
+  esac
+done
+if [[ -z $size ]]; then
+  size=cpu
+  if nvidia-smi -L >/dev/null 2>&1; then size=full; fi
+fi
+at_once=()  # One run per GPU.
+if [[ $size == cpu ]]; then at_once=(--at_once=2); fi
+work=${ZORN_RUNS:-runs/paper}/$(basename "$0" .sh)-$size
+python=${PYTHON:-python}
+mkdir -p "$work"
+
+# Hidden size and heads of the LSTMs.
+declare -A shape=([tiny]="240 12" [small]="1600 32" [medium]="9600 64"
+  [large]="66000 220" [xlarge]="297500 350" [xxlarge]="1000000 1000")
+
+zorn() {
+  "$python" -m "zorn_jax.cli.$1" "${@:2}"
+}
+
+# NAME CONFIG ARGUMENT...: a grid of runs. One that fails is said and passed by.
+sweep() {
+  echo "== $1"
+  zorn sweep --workdir="$work/$1" --config="configs/$2" "${at_once[@]}" \
+    "${@:3}" || echo "$1: not all runs are complete" >&2
+}
+
+# CASE PROGRAM CONFIG ARGUMENT...: time and memory of a step.
+measure() {
+  "$python" scripts/paper/measure.py --output="$work/steps.json" \
+    --case="$1" --program="$2" --config="configs/$3" "${@:4}"
+}
+
+# The arguments that name an LSTM of `shape`.
+lstm() {
+  local hidden heads
+  read -r hidden heads <<<"${shape[$1]}"
+  echo "--config.model.hidden_size=$hidden --config.model.num_heads=$heads"
+}
+
+# FILE...: the page of all sweeps, and of these benchmarks.
+report() {
+  local arguments=() path
+  for path in "$work"/*/sweep.json; do
+    if [[ -e $path ]]; then arguments+=(--workdir="${path%/*}"); fi
+  done
+  for path; do arguments+=(--bench="$path"); done
+  zorn report "${arguments[@]}" --output="$work/report.html"
+}
