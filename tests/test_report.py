@@ -230,7 +230,7 @@ def test_bad_directories_are_refused(tmp_path):
 MACHINE = {"device": "a CPU", "jax": "0.10.2"}
 
 
-def memory_file(tmp_path, zero=(100, 101), bptt=(100, 800)):
+def memory_file(tmp_path, zero=(100, 101), bptt=(100, 800), quick=False):
   rows = [
     {"case": "LSTM tiny", "length": 128, "zero_order_mb": 50, "bptt_mb": 20},
     {"case": "LSTM tiny", "length": 1024},
@@ -240,6 +240,7 @@ def memory_file(tmp_path, zero=(100, 101), bptt=(100, 800)):
     row |= {"zero_order_mb": a, "bptt_mb": b}
   tables = {"context length": rows}
   content = {"suite": "memory", "machine": MACHINE, "tables": tables}
+  content["quick"] = quick
   return write(tmp_path / "memory.json", content)
 
 
@@ -437,6 +438,8 @@ def test_growth_of_memory(tmp_path):
   assert found.ours[0].median == pytest.approx(growth)
   assert found.word == claims.CONFIRMED
   assert verdict("linear", (), [file]).word == claims.CONFIRMED
+  file = memory_file(tmp_path, quick=True)
+  assert verdict("linear", (), [file]).word == claims.UNTESTED
   file = memory_file(tmp_path, zero=(100, 150), bptt=(100, 400))
   assert verdict("does not grow", (), [file]).word == claims.REFUTED
   assert verdict("linear", (), [file]).word == claims.REFUTED

@@ -60,7 +60,8 @@ def _parts(content):
   """Title, machine and tables of the three kinds of files."""
   if "suite" in content:
     tables = content["tables"]
-    title = f"zorn-bench --suite={content['suite']}"
+    paper = content["suite"] == "paper"
+    title = "steps" if paper else f"zorn-bench --suite={content['suite']}"
     if content.get("quick"):
       title += " --quick"
     machine = dict(content["machine"])
