@@ -20,6 +20,13 @@ from zorn_jax import processes
 
 SLOW = pytest.mark.slow
 MODULE = pathlib.Path(processes.__file__)
+# Only the first of several processes writes compiled programs to a cache: later
+# it would wait for those that compile, which Gloo allows for 30 seconds.
+ENVIRON = {
+  "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": "",
+  "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
 
 # The module alone: importing the package takes longer than most tests.
 PROGRAM = """
@@ -64,7 +71,7 @@ class Run:
       subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(MODULE), self.address]
         + [str(number), str(index), before, body],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=os.environ | ENVIRON,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -502,7 +509,7 @@ def test_the_command_compares_configs(tmp_path):
         f"--config.learning_rate={0.01 * (1 + index)}",
       ),
       cwd=small.ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+      env=os.environ | ENVIRON,
       stderr=subprocess.PIPE,
       text=True,
     )
@@ -535,7 +542,7 @@ def train_together(workdir, number):
       small.train_command(workdir, *overrides, *place)
       + ([f"--process_id={index}"] if place else []),
       cwd=small.ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+      env=os.environ | ENVIRON,
       stderr=subprocess.PIPE,
       text=True,
     )
