@@ -117,10 +117,11 @@ def idle(monkeypatch):
 
 
 PEAK = {"flops_per_second": 1e9}
+PEAKS = {"float32": PEAK}
 
 
 def test_ratios_are_of_the_same_round(idle):
-  rows = {row["program"]: row for row in step.run(PEAK, quick=True)["steps"]}
+  rows = {row["program"]: row for row in step.run(PEAKS, quick=True)["steps"]}
   assert list(rows) == ["rank one", "dense"]
   assert rows["rank one"]["ms"] == 5000  # Of 5, 2 and 10 seconds.
   assert rows["rank one"]["ratio"] == 1
@@ -131,7 +132,7 @@ def test_ratios_are_of_the_same_round(idle):
 
 
 def test_share_of_the_directions_and_the_update(idle):
-  shares = step.run(PEAK, quick=True)["noise and update"]
+  shares = step.run(PEAKS, quick=True)["noise and update"]
   assert shares[0]["program"] == "rank one"
   assert shares[0]["share"] == statistics.median([1.5 / 2, 1.5 / 5, 2.5 / 10])
 
@@ -153,7 +154,7 @@ def test_the_loop_of_torch_is_scaled_to_all_probes(idle, monkeypatch):
   monkeypatch.setattr(
     peers, "in_torch", lambda case, n: {"torch loop": None, "torch BPTT": None}
   )
-  rows = {row["program"]: row for row in step.run(PEAK, True, True)["steps"]}
+  rows = {row["program"]: row for row in step.run(PEAKS, True, True)["steps"]}
   assert rows["torch loop"]["probes"] == 2
   assert rows["torch loop"]["probes_measured"] == 1
   assert rows["torch loop"]["ms"] == 2 * 20_000
@@ -275,7 +276,8 @@ def test_the_command_writes_what_it_prints(tmp_path):
   assert printed["machine"]["jax"] == jax.__version__
   assert printed["machine"]["command"].endswith(" ".join(options))
   assert platform.node() not in done.stdout
-  assert list(printed["tables"]) == ["signs", "updates", "LSTM layer"]
+  titles = "signs", "updates", "LSTM layer", "LSTM kernel"
+  assert list(printed["tables"]) == [*titles, "LSTM kernel, population"]
   for rows in printed["tables"].values():
     numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
     assert numbers and all(math.isfinite(x) and x > 0 for x in numbers)
@@ -285,7 +287,7 @@ def test_results_survive_json(idle, monkeypatch):
   monkeypatch.setattr(
     timing, "fastest", lambda runs, repeats: (1, dict.fromkeys(runs, 0.5))
   )
-  result = step.run(PEAK, with_peers=True, quick=True)
+  result = step.run(PEAKS, with_peers=True, quick=True)
   assert result["steps"][0]["tried_ms"] == {"1": 0.5, "2": 0.5}
   assert json.loads(json.dumps(result)) == result
 

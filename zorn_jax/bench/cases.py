@@ -48,6 +48,7 @@ class Case(NamedTuple):
     task: The task.
     batch_size: Sequences B.
     num_probes: Directions n of a step.
+    counted: The same model without kernels, whose products can be counted.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Case(NamedTuple):
   task: Task
   batch_size: int
   num_probes: int
+  counted: Model
 
 
 def lstm(
@@ -77,6 +79,7 @@ def lstm(
     dtype: Of the parameters.
   """
   module = _lstm(*LSTM_SIZES[size], dtype)
+  counted = models.from_linen(module.clone(implementation="xla"))
   if length:
     task = tasks.random_tokens(
       batch_size, _VOCABULARY, length, time_chunk=chunk or length
@@ -87,7 +90,8 @@ def lstm(
     )
     task = tasks.one_batch(task)
   name = f"LSTM {size}"
-  return Case(name, models.from_linen(module), task, batch_size, num_probes)
+  model = models.from_linen(module)
+  return Case(name, model, task, batch_size, num_probes, counted)
 
 
 def _lstm(hidden_size, num_heads, dtype):
@@ -115,8 +119,8 @@ def dnc(size: int, num_probes: int) -> Case:
   task = tasks.random_tokens(
     1, _VOCABULARY, seq_length=100, time_chunk=100, source_length=100
   )
-  name = f"DNC {size}"
-  return Case(name, models.from_linen(module), task, 1, num_probes)
+  model = models.from_linen(module)
+  return Case(f"DNC {size}", model, task, 1, num_probes, model)
 
 
 def zero_order(

@@ -33,17 +33,19 @@ def run(
     for name, rate in rates.items()
     for direction in cases.DIRECTIONS
   ]
+  tables = {
+    "signs": [_signs(4 if quick else 64, repeats)],
+    "updates": updates,
+  }
+  if jax.default_backend() == "gpu":  # Which has a kernel, and its own tables.
+    return tables
   layers = [
     row
     for name, rate in rates.items()
     for head in (_HEADS[:1] if quick else _HEADS)
     for row in _layer(head, name, quick, rate, repeats)
   ]
-  return {
-    "signs": [_signs(4 if quick else 64, repeats)],
-    "updates": updates,
-    "LSTM layer": layers,
-  }
+  return tables | {"LSTM layer": layers}
 
 
 def _signs(count, repeats):
@@ -130,7 +132,6 @@ def _layer(head, dtype, quick, peak, repeats):
       keys = jax.random.split(jax.random.key(2), members // 2)
       sample = lambda key: direction.sample(key, params)
       programs[members] = (population, (params, jax.vmap(sample)(keys)))
-  # A kernel of one layer is to be a program here, beside `score` by XLA.
   runs = {
     members: partial(jax.jit(function), *args)
     for members, (function, args) in programs.items()

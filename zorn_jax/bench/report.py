@@ -4,7 +4,15 @@ from typing import Any
 
 import jax
 
-from zorn_jax.bench import kernels, machine, memory, scaling, step, timing
+from zorn_jax.bench import (
+  kernels,
+  lstm_kernel,
+  machine,
+  memory,
+  scaling,
+  step,
+  timing,
+)
 
 SUITES = ("step", "memory", "scaling", "kernels")
 
@@ -32,17 +40,18 @@ def measure(
   if suite == "memory":
     return result | {"tables": memory.run(quick)}
   on_gpu = jax.default_backend() == "gpu"
-  both = on_gpu and suite == "kernels"
+  both = on_gpu and suite in ("kernels", "step")
   peaks = {
     name: timing.gemm_peak(_peak_sizes(on_gpu, quick), name, repeats=5)
     for name in (("float32", "bfloat16") if both else ("float32",))
   }
   result["peaks"] = peaks
   if suite == "kernels":
-    return result | {"tables": kernels.run(peaks, quick)}
+    tables = kernels.run(peaks, quick) | lstm_kernel.run(quick)
+    return result | {"tables": tables}
   if suite == "scaling":
     return result | {"tables": scaling.run(peaks["float32"], quick)}
-  tables = step.run(peaks["float32"], peers, quick)
+  tables = step.run(peaks, peers, quick)
   missing = [x for x in machine.PEERS if peers and not machine.installed(x)]
   return result | {"tables": tables, "skipped": missing}
 

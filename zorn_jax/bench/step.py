@@ -23,6 +23,7 @@ class Spec(NamedTuple):
     torch_probes: Probes of the loop in torch that run; their time is scaled to
       all of them, each of which it treats alone.
     shares: Whether to take the step apart.
+    directions: Of the step.
   """
 
   make: Callable[[], Case]
@@ -30,6 +31,7 @@ class Spec(NamedTuple):
   dense_batches: tuple[int, ...]
   torch_probes: int
   shares: bool = False
+  directions: tuple[str, ...] = cases.DIRECTIONS
 
 
 _MANY, _SOME = (1, 4, 8, 16, 32), (1, 4)
@@ -40,24 +42,43 @@ SPECS = (
   # Few probes suffice: its products are large enough for a machine's peak.
   Spec(lambda: cases.lstm("medium", 64, 8), (1, 2, 4, 8), (1, 4), 1, True),
 )
+
+
+def _on_gpu(size, probe_batches, probes=96, directions=cases.DIRECTIONS):
+  """arXiv:2505.17852 measured such steps: 1024 sequences of 11 tokens."""
+  make = lambda: cases.lstm(size, 1024, probes, 11, dtype="bfloat16")
+  return Spec(make, probe_batches, probe_batches, 0, False, directions)
+
+
+# Probes of the last are few, for a step of all takes long.
+GPU_SPECS = (
+  _on_gpu("tiny", (96,), 96, cases.DIRECTIONS[:1]),
+  _on_gpu("small", (96,)),
+  _on_gpu("medium", (16,), 96, cases.DIRECTIONS[:1]),
+  _on_gpu("large", (2,), 96, cases.DIRECTIONS[:1]),
+  _on_gpu("xlarge", (1,), 4, cases.DIRECTIONS[:1]),
+)
 QUICK = (Spec(lambda: cases.lstm("tiny", 2, 2), (1, 2), (1,), 1, True),)
 
 
 def run(
-  peak: dict[str, Any], with_peers: bool = False, quick: bool = False
+  peaks: dict[str, dict[str, Any]],
+  with_peers: bool = False,
+  quick: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
   """Tables of the times of steps, and of their parts.
 
   Args:
-    peak: As :func:`timing.gemm_peak` has it, in float32.
+    peaks: Name of a type -> as :func:`timing.gemm_peak` has it.
     with_peers: Whether to run those peers that are installed.
     quick: One small case, one repeat.
   """
   steps, parts = [], []
   repeats = 1 if quick else 3 if with_peers else 5
-  for spec in QUICK if quick else SPECS:
+  specs = GPU_SPECS if jax.default_backend() == "gpu" else SPECS
+  for spec in QUICK if quick else specs:
     measured = _measure(spec, with_peers, repeats)
-    steps += _rows(measured, peak["flops_per_second"])
+    steps += _rows(measured, peaks)
     if spec.shares:
       parts += _shares(measured)
   return {"steps": steps, "noise and update": parts}
@@ -73,7 +94,7 @@ class _Measured(NamedTuple):
 def _measure(spec, with_peers, repeats) -> _Measured:
   case = spec.make()
   runs, others, notes = {}, {}, {}
-  for direction in cases.DIRECTIONS:
+  for direction in spec.directions:
     step, notes[direction] = _tuned(case, direction, spec)
     runs[f"{direction} query"] = step.query
     runs[f"{direction} update"] = step.update
@@ -90,12 +111,12 @@ def _measure(spec, with_peers, repeats) -> _Measured:
       others |= peers.in_torch(case, spec.torch_probes)
       notes["torch loop"] = {"probes_measured": spec.torch_probes}
   seconds = timing.measure(runs | others, repeats)
-  for direction in cases.DIRECTIONS:
+  for direction in spec.directions:
     both = (seconds[f"{direction} {part}"] for part in ("query", "update"))
     seconds[direction] = sum(both)
   if "torch loop" in seconds:
     seconds["torch loop"] *= case.num_probes / spec.torch_probes
-  return _Measured(case, [*cases.DIRECTIONS, *others], seconds, notes)
+  return _Measured(case, [*spec.directions, *others], seconds, notes)
 
 
 def _tuned(case, direction, spec):
@@ -137,13 +158,17 @@ def _drawing(case, direction):
   return lambda: run(keys)
 
 
-def _rows(measured, peak):
+def _rows(measured, peaks):
   case, programs, seconds, notes = measured
+  params = jax.eval_shape(case.model.init, jax.random.key(0))
+  dtype = jax.tree.leaves(params)[0].dtype.name
+  peak = peaks[dtype]["flops_per_second"]
   for program in programs:
     row = {
       "case": case.name,
       "batch": case.batch_size,
       "probes": case.num_probes,
+      "dtype": dtype,
       "program": program,
       **timing.spread("ms", 1e3 * seconds[program]),
       **timing.spread("ratio", seconds[program] / seconds[_OURS]),
@@ -151,8 +176,10 @@ def _rows(measured, peak):
     }
     if program in cases.DIRECTIONS:
       size = notes[program]["probe_batch"]
-      flops = cases.query_flops(cases.zero_order(case, program, size))
+      counted = case._replace(model=case.counted)
+      flops = cases.query_flops(cases.zero_order(counted, program, size))
       rate = flops / seconds[f"{program} query"]
+      row |= timing.spread("update_ms", 1e3 * seconds[f"{program} update"])
       row["query_gflop"] = flops / 1e9
       row |= timing.spread("share_of_peak", rate / peak)
     yield row

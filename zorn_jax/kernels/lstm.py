@@ -5,6 +5,7 @@ launch or two a token where XLA runs it, and one launch for all tokens where the
 kernel does. Other cells have no kernel: models run them by XLA.
 """
 
+import concurrent.futures
 import time
 import warnings
 
@@ -239,11 +240,11 @@ def tune(
   """
   args = check(x_proj, r, b, carry, perturbation)
   if candidates is None:
-    candidates = lstm_triton.candidates(args)
-  seconds = {}
-  for candidate in candidates:
+    candidates = tuple(lstm_triton.candidates(args))
+  given = (x_proj, r, b, carry, perturbation)
 
-    def run(x_proj, r, b, carry, perturbation, config=candidate):
+  def compiled(candidate):
+    def run(x_proj, r, b, carry, perturbation):
       return lstm(
         x_proj,
         r,
@@ -252,21 +253,29 @@ def tune(
         perturbation=perturbation,
         output=output,
         implementation="triton",
-        config=config,
+        config=candidate,
       )
 
     try:
-      program = jax.jit(run)
-      jax.block_until_ready(program(x_proj, r, b, carry, perturbation))
+      return jax.jit(run).lower(*given).compile()
     except jax.errors.JaxRuntimeError as error:  # It needs too much memory.
       say(f"LSTM config {candidate} failed: {str(error)[:200]}")
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    programs = dict(
+      zip(candidates, pool.map(compiled, candidates), strict=True)
+    )
+  seconds = {}
+  for candidate, program in programs.items():
+    if program is None:
       continue
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
       start = time.perf_counter()
-      jax.block_until_ready(program(x_proj, r, b, carry, perturbation))
+      jax.block_until_ready(program(*given))
       times.append(time.perf_counter() - start)
-    seconds[candidate] = min(times)
+    seconds[candidate] = min(times[1:])
   if not seconds:
     raise ValueError(
       f"none of {len(candidates)} configs compiled. Choose smaller tiles."

@@ -292,37 +292,53 @@ def programs(args: Arguments, config: Config) -> int:
 
 
 def config_of(args: Arguments) -> Config:
-  """The table: a config by width, type, perturbation and rows."""
+  """The table: the config that is taken unless `tune` found another."""
+  return candidates(args)[0]
+
+
+def candidates(args: Arguments) -> list[Config]:
+  """Configs that were the fastest, or nearly, on an H200; the likeliest first.
+
+  They differ by width of heads, rows of a member and size of a weight.
+  """
   _, batch, _, head = args.h.shape
-  exact = exact_float32(str(jax.config.jax_default_matmul_precision))
-  return choose(head, batch, args.r.dtype, _name(args.perturbation), exact)
+  return choose(head, batch, args.r.dtype)
 
 
-def choose(
-  head: int, batch: int, dtype, perturbation: str, exact: bool
-) -> Config:
-  """The config of `config_of`.
+def choose(head: int, batch: int, dtype) -> list[Config]:
+  """The configs of `candidates`.
 
   Args:
     head: Width D of a head.
     batch: Rows B of a member.
     dtype: Of the weights.
-    perturbation: "", "dense" or "low rank".
-    exact: Whether float32 products may not be TF32.
   """
-  wide = jnp.dtype(dtype).itemsize
+  size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
-  few = batch <= 16
-  if head <= (128 if wide == 2 and few else 64):
-    # Inputs are fetched a token ahead where nothing else hides their latency.
-    warps = 8 if units in (32, 128) and few else 4
-    return Config(True, 16 if few else 64, units, units, warps, 1, few)
-  del perturbation, exact
-  if few:
-    return Config(False, 16, 64, 64, 8, 2, False)
-  if head <= 160 or wide == 4:
-    return Config(False, 64, 32, 32, 4, 2, False)
-  return Config(False, 64, 64, 32, 4, 3, False)
+
+  def resident(*rows_warps, early=False):
+    return [
+      Config(True, rows, units, units, warps, 1, early)
+      for rows, warps in rows_warps
+    ]
+
+  def streamed(*tiles):  # Rows, units, depth, warps, stages.
+    return [Config(False, *tile, True) for tile in tiles]
+
+  if batch <= 16:
+    # Nothing but a token's head start hides the latency of its inputs.
+    if head <= 256 // size:
+      first = 4 if units == 64 else 8
+      return resident((16, first), (16, 12 - first), early=True)
+    return streamed((16, 64, 64, 8, 2), (16, 128, 64, 8, 3))
+  if head <= 64:
+    return resident((64, 4), (32, 4), (32, 2), (64, 2), (128, 4))
+  if size == 4:
+    return streamed((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2))
+  deep = (64, 64, 64, 4, 2), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)
+  if head <= 160:
+    return streamed((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), *deep)
+  return streamed(*deep)
 
 
 class _Tile(NamedTuple):

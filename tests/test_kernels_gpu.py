@@ -1,0 +1,67 @@
+"""The LSTM kernel against its twin on a GPU.
+
+JAX_PLATFORMS=cuda python -m pytest tests/test_kernels_gpu.py
+"""
+
+import concurrent.futures
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import test_kernels
+
+from zorn_jax import kernels
+
+WIDTHS = (20, 50, 150)
+# Name -> type, precision of its products, and how far h and c may be off, times
+# sqrt(D). TF32 rounds as float16 does, and tanh is approximate beside bfloat16.
+PRECISIONS = {
+  "float32": ("float32", "highest", 5e-7),
+  "TF32": ("float32", None, 2e-4),
+  "bfloat16": ("bfloat16", None, 2e-3),
+}
+CASES = [
+  *itertools.product(WIDTHS, PRECISIONS, ["dense", "low rank"]),
+  *itertools.product([850], ["bfloat16"], ["", "dense", "low rank"]),
+]
+
+pytestmark = pytest.mark.skipif(
+  jax.default_backend() != "gpu", reason="there is no GPU"
+)
+
+
+def measure(case):
+  """How far each result is from the twin's, in float32 without TF32."""
+  width, name, perturbation = case
+  dtype, precision, _ = PRECISIONS[name]
+  args = test_kernels.example(
+    perturbation,
+    dtype,
+    head=width,
+    batch=70,
+    looked_up="with factors" if perturbation == "low rank" else False,
+  )
+
+  def run(implementation, precision):
+    with jax.default_matmul_precision(precision):
+      one = lambda args: kernels.lstm(**args, implementation=implementation)
+      return jax.tree.leaves(jax.jit(one)(args))
+
+  pairs = zip(run("triton", precision), run("xla", "highest"), strict=True)
+  return [
+    np.abs(np.asarray(a, float) - np.asarray(b, float)).max() for a, b in pairs
+  ]
+
+
+@pytest.fixture(scope="module")
+def errors():
+  """Of all cases, whose programs are compiled side by side."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(CASES, pool.map(measure, CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_twin(case, errors):
+  tolerance = PRECISIONS[case[1]][2] * case[0] ** 0.5
+  assert max(errors[case]) < tolerance
