@@ -66,7 +66,12 @@ def _alone(shape, repeats):
     chosen = None if name == "triton" else name
     programs[name] = (partial(_forward, implementation=chosen), args)
   if jax.default_backend() == "gpu":
-    programs["cuDNN"] = _cudnn(shape)
+    function, args = _cudnn(shape)
+    try:
+      jax.jit(function).lower(*args)
+      programs["cuDNN"] = function, args
+    except (AttributeError, RuntimeError) as error:
+      kernels.say(f"no cuDNN: {error}")
   return _rows(shape, programs, repeats, "none")
 
 
