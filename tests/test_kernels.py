@@ -11,8 +11,9 @@ RESIDENT = kernels.Config(True, 16, 64, 64, 4, 1, False)
 STREAMED = kernels.Config(False, 16, 32, 64, 4, 1, False)
 CONFIGS = {
   "resident": RESIDENT,
-  "prefetched": RESIDENT._replace(prefetch=True),
+  "prefetched": RESIDENT._replace(prefetch=True, by_head=True),
   "streamed": STREAMED,
+  "early": STREAMED._replace(prefetch=True, by_head=True),
 }
 TOLERANCE = {"float32": 5e-7, "bfloat16": 2e-3}  # Times sqrt(D).
 

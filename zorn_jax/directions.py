@@ -211,6 +211,7 @@ def _weighted_sum(sample, keys, coefficients, add_up):
   """The sum of coefficients[i] sample(keys[i]), some of them at once."""
   leaves = jax.tree.leaves(jax.eval_shape(sample, keys[0]))
   small = sum(leaf.size for leaf in leaves) < _SMALL
+  small &= jax.default_backend() != "gpu"  # There, a launch costs more.
   sizes = _AT_ONCE[-1:] if small else _AT_ONCE
   group = next(size for size in sizes if len(coefficients) % size == 0)
 

@@ -32,9 +32,10 @@ class Shape(NamedTuple):
 
 # Those that arXiv:2412.07752 measured, of hidden width 768.
 _ALONE = [Shape(768 // d, d, 16, 1024) for d in (16, 32, 64, 128, 768)]
-# Tiny, small and medium; of the last fewer rows, for memory's sake.
+# Tiny, small, medium and a tenth of large; of the last two fewer rows, for
+# memory's sake.
 _MANY = [Shape(12, 20, 1024, 11, 192), Shape(32, 50, 1024, 11, 192)]
-_MANY += [Shape(64, 150, 128, 11, 192)]
+_MANY += [Shape(64, 150, 128, 11, 192), Shape(22, 300, 128, 11, 192)]
 _QUICK = [Shape(2, 4, 2, 3)], [Shape(2, 4, 2, 3, 4)]
 _VOCABULARY = 100
 _PERTURBATIONS = ("none", "dense", "low rank")
@@ -76,19 +77,22 @@ def _alone(shape, repeats):
 
 
 def _many(shape, repeats):
-  programs = {}
+  programs, tuned = {}, {}
   for perturbation in _PERTURBATIONS:
     args = _arguments(shape, perturbation, looked_up=True)
     if jax.default_backend() == "gpu":
       *given, perturbed = args
-      kernels.tune(*given, perturbation=perturbed)
+      found = kernels.tune(*given, perturbation=perturbed, repeats=2)
+      tuned[perturbation] = {
+        str(tuple(config)): 1e3 * seconds for config, seconds in found.items()
+      }
     for name in _implementations():
       run = partial(_forward, implementation=name)
       programs[name, perturbation] = (run, args)
-  return _rows(shape, programs, repeats)
+  return _rows(shape, programs, repeats, tuned=tuned)
 
 
-def _rows(shape, programs, repeats, perturbation=None):
+def _rows(shape, programs, repeats, perturbation=None, tuned=None):
   seconds = timing.measure(_compiled(programs), repeats)
   for key in programs:
     name, given = (key, perturbation) if perturbation else key
@@ -105,6 +109,8 @@ def _rows(shape, programs, repeats, perturbation=None):
     if not perturbation:
       base = seconds[name, "none"]
       row |= timing.spread("ratio_to_none", seconds[key] / base)
+    if tuned and name == "triton":
+      row["tried_ms"] = tuned[given]
     yield row
 
 

@@ -29,6 +29,7 @@ from zorn_jax.kernels.arguments import GATES, Arguments, Dense, LowRank
 
 MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
 MAX_RANK = 16
+FEW_ROWS = 16  # Of one tile.
 _BITS = 32
 _I, _F, _Z, _O = range(GATES)
 # What all that a gate sums up is multiplied by, which rounds nothing.
@@ -48,6 +49,9 @@ class Config(NamedTuple):
     stages: Tiles under way at once, of streamed weights.
     prefetch: Whether inputs are loaded early: a token ahead by resident
       programs, before the products of a tile by streamed ones.
+    by_head: Whether all members of a head run before those of the next, which
+      then find its weights and its table in the caches, or all heads of a
+      member.
   """
 
   resident: bool
@@ -57,6 +61,7 @@ class Config(NamedTuple):
   warps: int
   stages: int
   prefetch: bool
+  by_head: bool = False
 
 
 class _Layout(NamedTuple):
@@ -181,7 +186,11 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   names = (*inputs, *outputs)
   call = pl.pallas_call(
     functools.partial(_body, layout=layout, names=names),
-    grid=(heads * layout.blocks, programs),
+    grid=(
+      (programs * layout.blocks, heads)
+      if config.by_head
+      else (heads * layout.blocks, programs)
+    ),
     out_shape=list(outputs.values()),
     compiler_params=pltriton.CompilerParams(
       num_warps=config.warps, num_stages=config.stages
@@ -316,29 +325,37 @@ def choose(head: int, batch: int, dtype) -> list[Config]:
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
 
-  def resident(*rows_warps, early=False):
+  def resident(*rows_warps, early=False, orders=(False,)):
     return [
-      Config(True, rows, units, units, warps, 1, early)
+      Config(True, rows, units, units, warps, 1, early, by_head)
       for rows, warps in rows_warps
+      for by_head in orders
     ]
 
-  def streamed(*tiles):  # Rows, units, depth, warps, stages.
-    return [Config(False, *tile, True) for tile in tiles]
+  def streamed(*tiles, orders=(False,)):  # Rows, units, depth, warps, stages.
+    return [
+      Config(False, *tile, True, by_head)
+      for tile in tiles
+      for by_head in orders
+    ]
 
-  if batch <= 16:
+  both = (True, False)
+
+  if batch <= FEW_ROWS:
     # Nothing but a token's head start hides the latency of its inputs.
     if head <= 256 // size:
       first = 4 if units == 64 else 8
       return resident((16, first), (16, 12 - first), early=True)
     return streamed((16, 64, 64, 8, 2), (16, 128, 64, 8, 3))
   if head <= 64:
-    return resident((64, 4), (32, 4), (32, 2), (64, 2), (128, 4))
+    return resident((64, 4), (32, 4), (32, 2), (64, 2), orders=both)
   if size == 4:
     return streamed((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2))
   deep = (64, 64, 64, 4, 2), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)
   if head <= 160:
-    return streamed((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), *deep)
-  return streamed(*deep)
+    some = (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), deep[1]
+    return streamed(*some, orders=both)
+  return streamed(*deep, orders=both)
 
 
 class _Tile(NamedTuple):
@@ -362,8 +379,10 @@ class _Program:
   def __init__(self, layout: _Layout, refs: dict[str, Any]):
     self.layout = layout
     self.__dict__.update(refs)
-    place, group = pl.program_id(0), pl.program_id(1)
-    self.head, self.block = place // layout.blocks, place % layout.blocks
+    place, slow = pl.program_id(0), pl.program_id(1)
+    fast, self.block = place // layout.blocks, place % layout.blocks
+    by_head = layout.config.by_head
+    self.head, group = (slow, fast) if by_head else (fast, slow)
     self.rows = self.block * layout.config.rows + jnp.arange(layout.config.rows)
     if layout.together:
       self.direction, self.turns = group, range(layout.scales)
