@@ -123,6 +123,14 @@ def test_tasks_have_tables_of_their_own(tmp_path):
   assert len(runs.compare(found[::2], together=True)) == 1
 
 
+def test_the_batch_of_training_is_not_called_held_out(tmp_path):
+  for fields, word in (({}, "held-out"), (BY_HEART, "clean")):
+    path = make_run(tmp_path / word, valid=(3, 2, 1), **fields)
+    text = render.as_html(page_of([path]))
+    (head,) = re.findall(">best ([a-z-]+) loss<", text)
+    assert head == word
+
+
 def test_a_batch_by_heart_is_compared_with_those_of_its_size_alone(tmp_path):
   found, _ = runs.find(
     [

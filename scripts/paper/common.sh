@@ -32,6 +32,9 @@ if [[ $size == cpu ]]; then at_once=(--at_once=2); fi
 work=${ZORN_RUNS:-runs/paper}/$(basename "$0" .sh)-$size
 python=${PYTHON:-python}
 mkdir -p "$work"
+# Runs that differ in the seed alone share what is compiled.
+: "${JAX_COMPILATION_CACHE_DIR:=$(realpath "$work")/cache}"
+export JAX_COMPILATION_CACHE_DIR
 
 # Hidden size and heads of the LSTMs.
 declare -A shape=([tiny]="240 12" [small]="1600 32" [medium]="9600 64"

@@ -5,10 +5,10 @@
 #   scripts/paper/figure1.sh [--size=cpu|full|smoke]     (see common.sh)
 . "$(dirname "$0")/common.sh"
 scales=(1) probes=(8 96) forward=150 backward=200
-rates=0.01,0.03,0.1,0.3 seeds=0,1,2
+rates=0.03,0.1,0.3 seeds=0,1,2
 if [[ $size == full ]]; then
   scales=(1 2 4 8) probes=(8 96 512) forward=500 backward=1000
-  rates=0.001,0.003,$rates
+  rates=0.001,0.003,0.01,$rates
 elif [[ $size == smoke ]]; then
   probes=(2) forward=2 backward=2 rates=0.01 seeds=0
 fi

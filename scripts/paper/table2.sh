@@ -7,22 +7,24 @@
 # authors' learning rate alone; on the text epsilon varies.
 . "$(dirname "$0")/common.sh"
 sizes=(tiny) probes=(96) rates=0.1 forward=250 backward=1000 seeds=0,1,2
-batch=(--config.batch_size=64) texts=150
+batch=(--config.batch_size=64) texts=150 tasks=(copy sort reverse add)
+adamw=0.001,0.003,0.01 adam=0.01,0.03 epsilons=0.001,0.03
 if [[ $size == full ]]; then
   sizes=(tiny small medium) probes=(96 512) rates=0.01,0.03,0.1
   batch=() forward=5000 backward=5000 texts=2500
 elif [[ $size == smoke ]]; then
-  batch=(--config.batch_size=2) probes=(2) forward=2 backward=2 seeds=0 texts=2
+  batch=(--config.batch_size=2) probes=(2) forward=2 backward=2 seeds=0
+  texts=2 tasks=(copy add) adamw=0.01 adam=0.01 epsilons=0.001
 fi
 seeds=--grid=seed=$seeds
 
-for name in copy sort reverse add; do
+for name in "${tasks[@]}"; do
   fields="'name':'$name','max_length':10,'time_chunk':25,'num_evaluation':512"
   if [[ $name == add ]]; then fields+=",'max_num':9"; fi
   task=(--config.task="{$fields}" --config.evaluate_every=25 "${batch[@]}")
   for lstm in "${sizes[@]}"; do
     sweep "$name-$lstm-adamw" "paper/lstm.py:$lstm,adamw" "${task[@]}" \
-      --config.steps=$backward --grid=learning_rate=0.001,0.003,0.01 "$seeds"
+      --config.steps=$backward --grid=learning_rate=$adamw "$seeds"
     for n in "${probes[@]}"; do
       sweep "$name-$lstm-$n" "paper/lstm.py:$lstm" "${task[@]}" \
         --config.steps=$forward --config.num_probes="$n" \
@@ -35,7 +37,7 @@ if [[ -n ${ptb:-} ]]; then
   text+=(--config.task.source="ptb:$ptb" --config.task.errors=strict)
 fi
 sweep text-adam shakespeare.py:bptt "${text[@]}" \
-  --config.steps=$((2 * texts)) --grid=learning_rate=0.01,0.03 "$seeds"
+  --config.steps=$((2 * texts)) --grid=learning_rate=$adam "$seeds"
 sweep text-cd_rge shakespeare.py:plain "${text[@]}" \
-  --config.steps=$texts --grid=epsilon=0.001,0.03 "$seeds"
+  --config.steps=$texts --grid=epsilon=$epsilons "$seeds"
 report

@@ -151,8 +151,8 @@ def _verdicts(verdicts):
 def _comparison(comparison):
   rows = comparison.rows
   letters = [_letter(i) for i in range(len(rows))]
-  blocks: list[Block] = [_ends(rows, letters)]
-  blocks += _budgets(rows, letters)
+  blocks: list[Block] = [_ends(rows, letters, _valid(comparison))]
+  blocks += _budgets(rows, letters, _valid(comparison))
   blocks += _pictures(comparison)
   if not all(run.complete for row in rows for run in row.runs):
     blocks.append(
@@ -164,11 +164,17 @@ def _comparison(comparison):
   return Section(f"Task: {comparison.title}", tuple(blocks))
 
 
+def _valid(comparison):
+  """What a loss on the validation split is."""
+  same = comparison.task["name"] == "random_tokens"  # The batch of training.
+  return "clean" if same else "held-out"
+
+
 def _letter(index):
   return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-def _ends(rows, letters):
+def _ends(rows, letters, valid):
   """Where the runs of every row came to."""
   target = f"{run_dirs.TARGET:g}"
   has_validation = any(
@@ -178,7 +184,7 @@ def _ends(rows, letters):
   )
   head = ["", "run", "seeds", "state", "steps", "loss"]
   if has_validation:
-    head += ["best held-out loss", "last held-out loss", "held-out accuracy"]
+    head += [f"best {valid} loss", f"last {valid} loss", f"{valid} accuracy"]
   head += [f"{name} to {target}" for name in ("steps", "tokens", "seconds")]
   head += ["seconds a step", "forward tokens", "seconds"]
   lines = []
@@ -214,7 +220,7 @@ def _state(row):
   return f"complete; {INTERRUPTED}: seed " + ", ".join(str(x.seed) for x in cut)
 
 
-def _budgets(rows, letters):
+def _budgets(rows, letters, valid):
   """Losses at the same number of steps, of tokens and of seconds."""
   if len(rows) < 2:
     return []
@@ -227,7 +233,7 @@ def _budgets(rows, letters):
   )
   names = {"loss": "loss"}
   if has_validation:
-    names["valid_loss"] = "held-out loss"
+    names["valid_loss"] = f"{valid} loss"
   head = ["", "run"]
   head += [
     f"{word} at {figure(x)} {_UNITS[unit]}"
@@ -271,7 +277,7 @@ def _pictures(comparison):
   blocks: list[Block] = []
   for name, words in (
     ("loss", "training loss"),
-    ("valid_loss", "held-out loss"),
+    ("valid_loss", f"{_valid(comparison)} loss"),
   ):
     drawn = []
     for unit, axis in _AXES.items():
