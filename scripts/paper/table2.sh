@@ -14,7 +14,7 @@ if [[ $size == full ]]; then
   batch=() forward=5000 backward=5000 texts=2500
 elif [[ $size == smoke ]]; then
   batch=(--config.batch_size=2) probes=(2) forward=2 backward=2 seeds=0
-  texts=2 tasks=(copy add) adamw=0.01 adam=0.01 epsilons=0.001
+  texts=15 tasks=(copy add) adamw=0.01 adam=0.01 epsilons=0.001
 fi
 seeds=--grid=seed=$seeds
 
@@ -32,7 +32,7 @@ for name in "${tasks[@]}"; do
     done
   done
 done
-text=(--config.evaluate_every=25)
+text=(--config.evaluate_every=25 --config.log_every=25)
 if [[ -n ${ptb:-} ]]; then
   text+=(--config.task.source="ptb:$ptb" --config.task.errors=strict)
 fi
