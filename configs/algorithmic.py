@@ -16,6 +16,7 @@ none, bptt 98 to 100.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 _TASKS = ("copy", "reverse", "sort", "repeat_copy", "add")
 _VARIANTS = ("recipe", "paper", "bptt")
@@ -68,6 +69,8 @@ def get_config(arg="copy"):
   config.model.readout_scale = "hidden"
   config.model.initial_state = "zeros"
   config.model.forget_bias = 1.0
+  # The LSTM by "triton" or "xla"; None for the kernel on GPUs that run it.
+  config.model.implementation = config_dict.placeholder(str)
   config.model.dtype = "float32"
 
   config.estimator = ml_collections.ConfigDict()

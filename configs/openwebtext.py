@@ -17,6 +17,7 @@ The recipe is that of configs/shakespeare.py; no result was measured.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config():
@@ -65,6 +66,8 @@ def get_config():
   config.model.readout_scale = "hidden"
   config.model.initial_state = "zeros"
   config.model.forget_bias = 0.0
+  # The LSTM by "triton" or "xla"; None for the kernel on GPUs that run it.
+  config.model.implementation = config_dict.placeholder(str)
   config.model.dtype = "float32"
 
   config.estimator = ml_collections.ConfigDict()

@@ -17,6 +17,7 @@ Variants, as in `configs/shakespeare.py:pure`:
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 _VARIANTS = ("recipe", "pure", "plain", "nres", "bptt")
 
@@ -68,6 +69,8 @@ def get_config(variant="recipe"):
   config.model.readout_scale = "hidden"
   config.model.initial_state = "zeros"
   config.model.forget_bias = 0.0
+  # The LSTM by "triton" or "xla"; None for the kernel on GPUs that run it.
+  config.model.implementation = config_dict.placeholder(str)
   config.model.dtype = "float32"
 
   config.estimator = ml_collections.ConfigDict()

@@ -2,8 +2,8 @@
 
 Nothing runs. The figures come from what XLA dumps of each program: the shared
 memory of its launch, and its PTX, whose registers and spills `ptxas -v` tells,
-which XLA assembles in the same way. They are in docs/kernels.md, which this
-writes again where the wheels of `h200` and ptxas 13 are at hand:
+which XLA assembles in the same way. They are in docs/kernels.md; this prints
+them where the wheels of `h200` and ptxas 13 are at hand:
   PYTHONPATH=DIR:. JAX_PLATFORMS=cpu python tests/test_kernels_h200.py
 """
 
@@ -17,11 +17,12 @@ from typing import NamedTuple
 import h200
 import jax
 import jax.numpy as jnp
+import pytest
 
 from zorn_jax import kernels
 from zorn_jax.kernels import lstm_triton
 
-WIDTHS = (20, 50, 150, 300, 850, 1000, 512)  # Of the paper's heads, and a 7B's.
+WIDTHS = (20, 50, 150, 300, 512, 850, 1000)  # Of the paper's heads.
 OTHERS = (64, 100, 128, 160, 320)
 SHARED_LIMIT = 232448  # Bytes a block, on H100 and H200.
 LENGTH, HEADS = 11, 2
@@ -42,7 +43,7 @@ class Case(NamedTuple):
 class Figures(NamedTuple):
   config: kernels.Config
   shared: int
-  registers: int | None  # None without ptxas.
+  registers: int | None  # None without ptxas, and from jax 0.11 on.
   spills: int | None  # Bytes stored.
 
 
@@ -81,7 +82,9 @@ def arguments(case: Case):
 def config_of(case: Case) -> kernels.Config:
   if case.config:
     return case.config
-  return lstm_triton.choose(case.width, case.batch, jnp.dtype(case.dtype))[0]
+  dense = case.perturbation == "dense"
+  dtype = jnp.dtype(case.dtype)
+  return lstm_triton.choose(case.width, case.batch, dtype, dense)[0]
 
 
 def compiled(case: Case, options=None, transform=lambda f: f):
@@ -120,12 +123,10 @@ def figures(case: Case) -> Figures:
     found = list(pathlib.Path(folder).glob("*.thunk_sequence.txt"))
     text = "\n".join(path.read_text() for path in found)
     (shared,) = re.findall(r" lstm_\w+ .*shared_memory: (\d+) bytes", text)
-    (ptx,) = [
-      path
-      for path in pathlib.Path(folder).glob("*.ptx")
-      if ".entry lstm_" in path.read_text()
-    ]
-    return Figures(config_of(case), int(shared), *_assembled(ptx))
+    paths = pathlib.Path(folder).glob("*.ptx")
+    ptx = [path for path in paths if ".entry lstm_" in path.read_text()]
+    assembled = _assembled(ptx[0]) if ptx else (None, None)
+    return Figures(config_of(case), int(shared), *assembled)
 
 
 def _assembled(ptx):
@@ -138,3 +139,66 @@ def _assembled(ptx):
   ).stderr
   one = lambda pattern: int(re.findall(pattern, text)[0])
   return one(r"Used (\d+) registers"), one(r"(\d+) bytes spill stores")
+
+
+CASES = [
+  Case(width, dtype, perturbation, looked_up=True)
+  for width in WIDTHS
+  for dtype in ("bfloat16", "float32")
+  for perturbation in ("dense", "low rank")
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fits(case):
+  assert figures(case).shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("width", OTHERS)
+def test_other_widths_and_few_rows_fit(width):
+  for batch in (1, 17):
+    case = Case(width, "bfloat16", batch=batch, output="last")
+    assert figures(case).shared <= SHARED_LIMIT
+
+
+def test_products_without_tf32_fit():
+  for width in (50, 300):
+    case = Case(width, "float32", "low rank", precision="highest")
+    assert figures(case).shared <= SHARED_LIMIT
+
+
+def test_too_large_tiles_are_noticed():
+  wide = kernels.Config(True, 64, 128, 128, 8, 1, False)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
+    figures(Case(512, "float32", config=wide))
+
+
+def test_every_candidate_of_the_tuner_fits():
+  for width in (50, 150):
+    dtype = jnp.dtype("bfloat16")
+    for config in lstm_triton.choose(width, 1024, dtype, False):
+      case = Case(width, "bfloat16", "low rank", config=config, looked_up=True)
+      assert figures(case).shared <= SHARED_LIMIT
+
+
+def table() -> str:
+  """What docs/kernels.md shows."""
+  lines = [
+    "| head | type | perturbation | tiles | warps | stages | shared, bytes | "
+    "registers | spilled, bytes |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for case in CASES:
+    found = figures(case)
+    kind = "resident" if found.config.resident else "streamed"
+    rows, units, depth, warps, stages = found.config[1:6]
+    lines.append(
+      f"| {case.width} | {case.dtype} | {case.perturbation} | {kind} {rows} x "
+      f"{units} x {depth} | {warps} | {stages} | {found.shared:,} | "
+      f"{found.registers} | {found.spills} |"
+    )
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(table())

@@ -12,6 +12,7 @@ directions are dense signs, the optimiser is plain SGD.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 # hidden_size, num_heads, batch_size, learning_rate
 _SIZES = {
@@ -82,6 +83,8 @@ def get_config(arg="tiny"):
   config.model.readout_scale = "head"
   config.model.initial_state = "trainable"
   config.model.forget_bias = 0.0
+  # The LSTM by "triton" or "xla"; None for the kernel on GPUs that run it.
+  config.model.implementation = config_dict.placeholder(str)
   config.model.dtype = "bfloat16" if size == "smoke_7b" else "float32"
 
   config.estimator = ml_collections.ConfigDict()

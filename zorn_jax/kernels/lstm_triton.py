@@ -311,16 +311,18 @@ def candidates(args: Arguments) -> list[Config]:
   They differ by width of heads, rows of a member and size of a weight.
   """
   _, batch, _, head = args.h.shape
-  return choose(head, batch, args.r.dtype)
+  dense = isinstance(args.perturbation, Dense)
+  return choose(head, batch, args.r.dtype, dense)
 
 
-def choose(head: int, batch: int, dtype) -> list[Config]:
+def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
   """The configs of `candidates`.
 
   Args:
     head: Width D of a head.
     batch: Rows B of a member.
     dtype: Of the weights.
+    dense: Whether the perturbation is, of which programs hold all members.
   """
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
@@ -339,7 +341,7 @@ def choose(head: int, batch: int, dtype) -> list[Config]:
       for by_head in orders
     ]
 
-  both = (True, False)
+  both = (False, True)
 
   if batch <= FEW_ROWS:
     # Nothing but a token's head start hides the latency of its inputs.
@@ -350,7 +352,12 @@ def choose(head: int, batch: int, dtype) -> list[Config]:
   if head <= 64:
     return resident((64, 4), (32, 4), (32, 2), (64, 2), orders=both)
   if size == 4:
-    return streamed((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2))
+    tiles = [(64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)]
+    return streamed(*(tiles[1:] if dense else tiles))
+  if dense:
+    narrow, wide = (64, 32, 32, 4, 3), (64, 64, 64, 8, 2)
+    first, second = (narrow, wide) if head <= 160 else (wide, narrow)
+    return streamed(first, second, orders=both)
   deep = (64, 64, 64, 4, 2), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)
   if head <= 160:
     some = (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), deep[1]
