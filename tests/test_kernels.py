@@ -1,11 +1,17 @@
 """The LSTM kernel, interpreted, and its twin against NumPy in float64."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from zorn_jax import kernels
+from zorn_jax.kernels import threefry
+
+# The module, whose name its function has.
+lstm = sys.modules["zorn_jax.kernels.lstm"]
 
 RESIDENT = kernels.Config(True, 16, 64, 64, 4, 1, False)
 STREAMED = kernels.Config(False, 16, 32, 64, 4, 1, False)
@@ -143,28 +149,150 @@ def check(args, config):
       np.testing.assert_allclose(np.asarray(got, float), want, 0, near, name)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ["resident", "early"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("perturbation", ["", "dense", "low rank"])
 def test_values(perturbation, dtype, config):
   check(example(perturbation, dtype, batch=17), CONFIGS[config])
 
 
-@pytest.mark.parametrize("config", ["resident", "streamed"])
-@pytest.mark.parametrize("head", [1, 33, 50, 100])
+@pytest.mark.parametrize("head, config", [(1, "early"), (33, "resident")])
 def test_odd_widths(head, config):
   check(example("dense", head=head), CONFIGS[config])
-  check(example("low rank", head=head, looked_up=True), CONFIGS[config])
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+def test_a_head_of_several_tiles():
+  args = example("low rank", head=40, heads=1, looked_up=True)
+  check(args, RESIDENT._replace(units=32))
+  check(args, STREAMED)
+
+
 @pytest.mark.parametrize("perturbation", ["", "dense", "low rank"])
-def test_lookup(perturbation, config):
-  check(example(perturbation, looked_up=True), CONFIGS[config])
-  check(example(perturbation, looked_up="with factors"), CONFIGS[config])
+def test_lookup(perturbation):
+  example_ = example(perturbation, looked_up=True)
+  check(example_, CONFIGS["prefetched"])
+  factored = example(perturbation, looked_up="with factors")
+  check(factored, CONFIGS["early"])
 
 
 @pytest.mark.parametrize("config", ["resident", "streamed"])
 def test_one_token_and_several_ranks(config):
   check(example("low rank", length=1, rank=3), CONFIGS[config])
-  check(example("low rank", length=1, rank=16), CONFIGS[config])
+
+
+def test_the_carry_goes_on():
+  args = example("low rank", heads=1, length=4)
+  x = args.pop("x_proj")
+  carry, whole = run({"x_proj": x} | args, "triton", RESIDENT)
+  after, first = run({"x_proj": x[:, :, :, :2]} | args, "triton", RESIDENT)
+  rest = {"x_proj": x[:, :, :, 2:]} | args | {"carry": after}
+  after, second = run(rest, "triton", RESIDENT)
+  joined = np.concatenate([first, second], 3)
+  np.testing.assert_allclose(joined, whole, 0, 5e-7 * 20**0.5)
+  for got, want in zip(after, carry, strict=True):
+    np.testing.assert_allclose(got, want, 0, 5e-7 * 20**0.5)
+
+
+def test_outputs():
+  args = example(dtype="bfloat16", heads=1, length=2)
+  for name in ("xla", "triton"):
+    (h, c), every = run(args, name, RESIDENT)
+    carry, last = run(args, name, RESIDENT, output="last")
+    np.testing.assert_array_equal(last, every[:, -1])
+    np.testing.assert_array_equal(carry[0], h)
+    (_, again), nothing = run(args, name, RESIDENT, output="none")
+    assert nothing is None
+    np.testing.assert_array_equal(again, c)
+
+
+def test_maps_over_members():
+  """A `vmap`, and shards of it, equal a loop."""
+  args = example("low rank", heads=1, length=2)
+  xs = jnp.stack([args["x_proj"], -args["x_proj"]])
+
+  def one(x):
+    return kernels.lstm(
+      **args | {"x_proj": x},
+      implementation="triton",
+      config=RESIDENT,
+      interpret=True,
+    )[1]
+
+  mesh = jax.make_mesh((2,), ("probe",), (jax.sharding.AxisType.Auto,))
+  spread = jax.shard_map(
+    lambda x: one(x[0])[None],
+    mesh=mesh,
+    in_specs=jax.P("probe"),
+    out_specs=jax.P("probe"),
+    check_vma=False,
+  )
+  with pytest.warns(RuntimeWarning, match="interpreted"):
+    looped = jnp.stack([one(xs[0]), one(xs[1])])
+    for mapped in (jax.vmap(one), spread):
+      found = jax.jit(mapped)(xs)
+      np.testing.assert_allclose(found, looped, 0, 1e-6)
+
+
+def test_the_hash_is_threefry():
+  """A known answer of Random123, and the words that JAX draws."""
+  key, counter = (
+    [np.uint32(0x13198A2E), np.uint32(0x03707344)],
+    [np.uint32(0x243F6A88), np.uint32(0x85A308D3)],
+  )
+  found = threefry.threefry2x32(key, counter)
+  assert [int(x) for x in found] == [0xC4923A9C, 0x483DF7A0]
+  data = jax.random.key_data(jax.random.key(5))
+  words = threefry.word(data, jnp.arange(70, dtype=jnp.uint32))
+  drawn = jax.random.bits(jax.random.key(5), (70,), jnp.uint32)
+  np.testing.assert_array_equal(words, drawn)
+
+
+WRONG = [
+  ({"implementation": "cuda"}, "unknown implementation 'cuda'"),
+  ({"output": "some"}, "unknown output 'some'"),
+  ({"r": jnp.zeros((4, 2, 20, 21))}, r"r must have the shape \[4, N, D, D\]"),
+  ({"b": jnp.zeros((4, 2, 21))}, r"b must .*20.* r \(4, 2, 20, 20\).*21"),
+  ({"x_proj": jnp.zeros((3, 4, 2, 4, 21))}, "x_proj must .*20.*21"),
+  ({"x_proj": jnp.zeros((3, 0, 2, 4, 20))}, "3 rows of 0"),
+  ({"x_proj": jnp.zeros((3, 4, 2, 4, 20), int)}, "x_proj must be .*int32"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG, ids=lambda x: str(x)[:30])
+def test_wrong_arguments(change, message):
+  with pytest.raises(ValueError, match=message):
+    kernels.lstm(**example() | change)
+
+
+def test_what_the_kernel_cannot_hold():
+  wide = lambda: example(head=1025, batch=1, length=1, heads=1)
+  run = lambda: kernels.lstm(**wide(), implementation="triton")
+  with pytest.raises(ValueError, match="width 1 to 1024, got 1025.*'xla'"):
+    jax.eval_shape(run)
+  many = example("low rank", rank=17)
+  with pytest.raises(ValueError, match="rank 1 to 16, got 17"):
+    kernels.lstm(**many, implementation="triton")
+  config = RESIDENT._replace(rows=24)
+  with pytest.raises(ValueError, match="rows .*power of two.*got 24"):
+    kernels.lstm(**example(), implementation="triton", config=config)
+
+
+def test_the_twin_runs_elsewhere_and_says_so(monkeypatch, caplog):
+  monkeypatch.setattr(lstm, "_LOGGED", set())
+  with caplog.at_level("INFO"):
+    _, found = kernels.lstm(**example())
+  assert "LSTM by XLA, because the device is a CPU" in caplog.text
+  _, wanted = kernels.lstm(**example(), implementation="xla")
+  np.testing.assert_array_equal(found, wanted)
+
+
+class Turing:
+  device_kind, compute_capability = "Tesla T4", "7.5"
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [Turing])
+  with pytest.raises(ValueError, match=r"8.0 .*got 7.5 \(Tesla T4\).*'xla'"):
+    kernels.lstm(**example(), implementation="triton")
+  assert not kernels.chosen(None, 20, None)
