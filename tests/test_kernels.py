@@ -130,10 +130,11 @@ def run(args, implementation, config=None, **options):
   given = {"implementation": implementation, **options}
   if implementation == "triton":
     given |= {"config": config, "interpret": True}
+  function = jax.jit(lambda args: kernels.lstm(**args, **given))
   if implementation == "xla":
-    return jax.jit(lambda args: kernels.lstm(**args, **given))(args)
+    return function.lower(args).compile(FAST)(args)
   with pytest.warns(RuntimeWarning, match="interpreted"):
-    lowered = jax.jit(lambda args: kernels.lstm(**args, **given)).lower(args)
+    lowered = function.lower(args)
   # Most of the time would go into making it fast.
   return lowered.compile(FAST)(args)
 
