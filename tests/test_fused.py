@@ -18,6 +18,7 @@ DIRECTIONS = {
 FAST = {"xla_backend_optimization_level": 0}
 CASES = [(name, "probes of signs") for name in DIRECTIONS]
 CASES += [("dense", "probes one by one"), ("rank 1", "one"), ("dense", "one")]
+CASES += [("dense", "rows of probes")]
 
 
 def scores(implementation, direction, maps, dtype=jnp.float32):
@@ -53,6 +54,9 @@ def scores(implementation, direction, maps, dtype=jnp.float32):
   both = jax.vmap(score, (None, 0, None))
   if maps == "probes of signs":
     run, args = jax.vmap(both, (0, None, 0)), (keys, scales, index)
+  elif maps == "rows of probes":  # Three by three: not the keys' own axis.
+    every = jax.vmap(jax.vmap(both, (None, None, 0)), (0, None, None))
+    run, args = every, (keys, scales, index)
   elif maps == "probes one by one":
     every = lambda x: both(x[0], scales, x[1])
     run, args = lambda x: jax.lax.map(every, x), ((keys, index),)

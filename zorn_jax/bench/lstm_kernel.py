@@ -63,9 +63,7 @@ def _alone(shape, repeats):
   programs = {}
   for name in _implementations():
     args = _arguments(shape, "none", looked_up=False)
-    # One wide head would be one program: left to choose, XLA runs it.
-    chosen = None if name == "triton" else name
-    programs[name] = (partial(_forward, implementation=chosen), args)
+    programs[name] = (partial(_forward, implementation=name), args)
   if jax.default_backend() == "gpu":
     function, args = _cudnn(shape)
     try:

@@ -34,6 +34,8 @@ _BITS = 32
 _I, _F, _Z, _O = range(GATES)
 # What all that a gate sums up is multiplied by, which rounds nothing.
 _HALVES = (0.5, 0.5, 1.0, 0.5)
+# Values of `jax_default_matmul_precision` that rule TF32 out.
+_EXACT = ("highest", "float32", "F32_F32_F32", "TF32_TF32_F32_X3")
 
 
 class Config(NamedTuple):
@@ -77,7 +79,7 @@ class _Layout(NamedTuple):
   own_x: bool  # Each member's, as are tokens and bias.
   own_tokens: bool
   own_bias: bool
-  perturbation: str  # "", "dense" or "low rank".
+  dense: bool  # Whether the perturbation is.
   scales: int
   mixes: bool  # Whether h has a part in factors, as have tokens.
   mixes_tokens: bool
@@ -93,7 +95,7 @@ class _Layout(NamedTuple):
   @property
   def together(self):
     """Whether a program holds all members of a direction."""
-    return self.perturbation == "dense" and not self.config.resident
+    return self.dense and not self.config.resident
 
   @property
   def tiles(self):
@@ -142,7 +144,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     own_x=max(len(args.x), len(args.b) if looked_up else 1) > 1,
     own_tokens=args.tokens is not None and len(args.tokens) > 1,
     own_bias=len(args.b) > 1,
-    perturbation=_name(given),
+    dense=isinstance(given, Dense),
     scales=1 if given is None else len(given.scales),
     mixes=isinstance(given, LowRank),
     mixes_tokens=args.factors is not None,
@@ -262,12 +264,6 @@ def _pad(x, *sizes):
   return jnp.pad(x, padding)
 
 
-def _name(given):
-  if given is None:
-    return ""
-  return "dense" if isinstance(given, Dense) else "low rank"
-
-
 def _words(shape, given):
   """The words of all signs, uint32 [P, G, N, D, W]: one bit a weight."""
   keys = jax.random.wrap_key_data(given.key_data, impl="threefry2x32")
@@ -281,15 +277,9 @@ def _precision(dtype, interpret):
     return None
   if interpret:
     return jax.lax.Precision.HIGHEST
-  chosen = str(jax.config.jax_default_matmul_precision)
-  if exact_float32(chosen):
+  if str(jax.config.jax_default_matmul_precision) in _EXACT:
     return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
   return jax.lax.DotAlgorithmPreset.TF32_TF32_F32
-
-
-def exact_float32(chosen: str) -> bool:
-  """Whether `jax_default_matmul_precision` rules TF32 out."""
-  return chosen in ("highest", "float32", "F32_F32_F32", "TF32_TF32_F32_X3")
 
 
 def programs(args: Arguments, config: Config) -> int:
@@ -480,7 +470,7 @@ class _Program:
     """A tile [units, source] of R, for each member of the program."""
     rows, columns = units.places[:, None], source.columns
     tile = pltriton.load(self.r.at[gate, self.head, rows, columns])
-    if self.layout.perturbation != "dense":
+    if not self.layout.dense:
       return [tile] * len(self.turns)
     tile = tile.astype(jnp.float32)
     z = self._signs(gate, rows, source)

@@ -16,18 +16,17 @@ from zorn_jax import directions, kernels, perturbed
 _MAX_VOCABULARY = 1024
 
 
-def takes(module, params, sizes, axes) -> bool:
+def takes(module, params, axes) -> bool:
   """Whether :func:`score` can take a model's parameters of some members.
 
   Args:
     module: A :class:`zorn_jax.models.Recurrent`.
     params: Its parameters, some of them perturbed.
-    sizes: Of the axes of members, the innermost first.
     axes: Of the parameters.
   """
   if module.implementation == "xla":
     return False
-  reason = _unfit(module, params, sizes, axes)
+  reason = _unfit(module, params, axes)
   if reason is None:
     return kernels.chosen(
       module.implementation, module.head_size, _rank(params["layers"][0]["r"])
@@ -41,7 +40,7 @@ def takes(module, params, sizes, axes) -> bool:
   return False
 
 
-def _unfit(module, params, sizes, axes) -> str | None:
+def _unfit(module, params, axes) -> str | None:
   if module.cell != "lstm" or module.num_layers > 1:
     return "it takes one layer of LSTM"
   if module.vocab_size > _MAX_VOCABULARY:
@@ -55,7 +54,6 @@ def _unfit(module, params, sizes, axes) -> str | None:
     return "it makes dense directions of signs alone, and one of them"
   if not at.scales <= {0} or 0 in at.keys:
     return "the innermost map must be that over the scales"
-  del sizes
   return None
 
 
@@ -111,7 +109,7 @@ def score(module, sizes, axes, params, carry, tokens, targets):
       for x, where in zip(carry, at_carry, strict=True)
     ),
     perturbation=perturbation,
-    implementation="triton",
+    implementation=module.implementation,
   )
   # From here on, members are one axis.
   merge = lambda x: x.reshape(-1, *x.shape[len(lead) :])
@@ -157,10 +155,13 @@ def _perturbation(sizes, axes, leaf):
     )
     return (members, 1), kernels.LowRank(left, right, jnp.ones(1))
   inner = sizes[0] if sizes else 1
-  keys = jax.random.key_data(leaf.keys[..., 0])
-  keys = jnp.broadcast_to(keys, (*sizes[:0:-1], 2)).reshape(-1, 2)
-  scales = jnp.broadcast_to(leaf.scales[..., 0], (inner,))
-  return (members // inner, inner), kernels.Dense(keys, scales)
+  drawn = lambda leaf: (jax.random.key_data(leaf.keys[0]), leaf.scales[0])
+  (keys, scales), _ = _of_each(drawn, sizes, (axes,), leaf)
+  shape = members // inner, inner
+  keys = jnp.broadcast_to(keys, (*sizes[::-1], 2)).reshape(*shape, 2)
+  scales = jnp.broadcast_to(scales, sizes[::-1]).reshape(shape)
+  # A direction's members have its key, and all directions the scales.
+  return shape, kernels.Dense(keys[:, 0], scales[0])
 
 
 def _inputs(of_each, of_all, leaves, axes, by_head):

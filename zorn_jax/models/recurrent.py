@@ -274,7 +274,7 @@ class Recurrent(nn.Module):
     plain = partial(alone, 1)
 
     def together(sizes, axes, *args):
-      if fused.takes(self, args[0], sizes, axes[0]):
+      if fused.takes(self, args[0], axes[0]):
         return fused.score(self, sizes, axes, *args)
       if not _shared(args[0], axes[0]):
         one = partial(alone, math.prod(sizes))
