@@ -134,6 +134,12 @@ def run(model, params, tokens, carry=None):
   return jax.jit(model.apply)(params, carry, jnp.asarray(tokens))
 
 
+def all_slots(state):
+  """With all M slots, of which a model with equal ones keeps one."""
+  batch, _, size = state.memory.shape
+  return state._replace(memory=jnp.broadcast_to(state.memory, (batch, M, size)))
+
+
 def close(got, expected, tolerance):
   """Compares relative to the largest of what is expected."""
   assert got.dtype == jnp.float32
@@ -150,14 +156,14 @@ def test_logits_and_state_follow_the_equations(
 ):
   model, params = build(controller, num_reads, memory_init)
   tokens = tokens_of(2, 24)
-  before = model.initial_carry(params, 2)
+  before = all_slots(model.initial_carry(params, 2))
   expected, state, written = equations(
     params, tokens, num_reads, controller, before
   )
   carry, logits = run(model, params, tokens)
   close(logits, expected, 1e-5)
   h, c, memory, reads = state
-  close(carry.memory, memory, 1e-5)
+  close(all_slots(carry).memory, memory, 1e-5)
   close(carry.reads, reads, 1e-5)
   controller_state = (h, c) if controller == "lstm" else (h,)
   for got, want in zip(carry.controller, controller_state, strict=True):
@@ -201,20 +207,38 @@ def test_sequences_of_a_batch_do_not_meet():
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_slots_that_start_equal_stay_equal(controller):
   options = {"memory_slots": 7, "slot_size": 5}
-  model, params = build(controller, memory_init="zeros", **options)
+  model, params = build(controller, memory_init="random", **options)
   tokens = tokens_of(2, 200)
-  carry, _ = run(model, params, tokens)
+  before = model.initial_carry(params, 2)
+  zero = before._replace(memory=jnp.zeros_like(before.memory))
+  carry, logits = run(model, params, tokens, zero)
   memory = np.asarray(carry.memory)
   assert np.abs(memory).max() > 0.1  # It was written.
   np.testing.assert_array_equal(memory, memory[:, :1].repeat(7, axis=1))
+  # So that one is enough.
+  one, _ = build(controller, memory_init="zeros", **options)
+  kept, same = run(one, params, tokens)
+  assert kept.memory.shape == (2, 1, 5)
+  close(same, logits, 1e-5)
+  close(kept.memory, memory[:, :1], 1e-5)
 
-  model, params = build(controller, memory_init="random", **options)
   carry, _ = run(model, params, tokens)
   memory = np.asarray(carry.memory)
   for first in range(7):
     for second in range(first):
       apart = np.abs(memory[:, first] - memory[:, second]).max(axis=-1)
       assert (apart > 1e-3).all()  # They started less than 1e-2 apart.
+
+
+def test_no_key_finds_a_slot_among_equal_ones():
+  model, params = build(memory_init="zeros")
+  tokens = tokens_of(2, 6)
+  names = [x for x in params if "keys" in x or x.startswith("memory_norm")]
+  assert len(names) == 10
+  other = params | {name: params[name] + 1 for name in names}
+  np.testing.assert_array_equal(
+    run(model, params, tokens)[1], run(model, other, tokens)[1]
+  )
 
 
 def test_equal_slots_are_one_vector():

@@ -19,7 +19,9 @@ the mean by ω_m δ_m, δ_m = mean(a - M_m e), and C_m by ω_m (a - M_m e - δ_m
 
 The controller is an LSTM with gates (i, f, g, o), or tanh(W_ih u + b_ih +
 W_hh h + b_hh). Slots are found by their content only: those that are equal at
-first are equal for ever.
+first are equal for ever. They all have a weight of 1 / M, so that one is kept
+for all of them, a write weighs s / M, what is read is the slot, and no key has
+any effect.
 """
 
 import functools
@@ -58,7 +60,7 @@ class State(NamedTuple):
 
   Attributes:
     controller: (h, c) of the LSTM or (h,) of the RNN, each [B, H].
-    memory: The slots, [B, M, S].
+    memory: The slots, [B, M, S], or [B, 1, S] where all are equal.
     reads: What the heads have read, [B, R S].
   """
 
@@ -170,7 +172,8 @@ class DNC(nn.Module):
   1 + 6 S + 2 T + V (T + 1) numbers, whatever M is.
 
   The state of one sequence holds M S numbers, each of which a token reads and
-  writes, for every probe that runs at once.
+  writes, for every probe that runs at once; S numbers if the memory starts at
+  zero.
 
   Attributes:
     vocab_size: Number of tokens V.
@@ -183,7 +186,8 @@ class DNC(nn.Module):
     memory_init: "random", for normal entries of deviation √(1e-5 / S), the same
       in every run and for every sequence, and not parameters; or "zeros" as in
       the authors' code, where all slots stay equal, so that the memory is one
-      vector that every write changes by s / M of what it could. The deviation
+      vector that every write changes by s / M of what it could, and the keys
+      and norms that find slots do not matter. The deviation
       gives the scores of the first token, whose norms have an epsilon of 1e-5,
       a deviation of about one: weightings differ between slots but no slot
       takes all. Slots of size 1 have a constant norm, and nothing finds them.
@@ -254,6 +258,11 @@ class DNC(nn.Module):
   def slot_width(self) -> int:
     return self.slot_size or self.hidden_size // self.num_reads
 
+  @property
+  def _distinct(self) -> int:
+    """How many slots may differ from each other."""
+    return 1 if self.memory_init == "zeros" else self.memory_slots
+
   def setup(self):
     hidden, slot = self.hidden_size, self.slot_width
     reads = self.num_reads * slot
@@ -300,7 +309,7 @@ class DNC(nn.Module):
 
   def initial_carry(self, batch_size: int) -> State:
     """The state before the first token, zero but for a random memory."""
-    slots, slot = self.memory_slots, self.slot_width
+    slots, slot = self._distinct, self.slot_width
     if self.memory_init == "random":
       key = jax.random.key(_MEMORY_KEY)
       rows = jax.random.normal(key, (slots, slot), jnp.float32)
@@ -318,12 +327,9 @@ class DNC(nn.Module):
     """The layers of a step: what the controller reads, and what reads q."""
     ih, hh = self.controller_in, self.controller_recurrent
     controller = _stack(ih[0].mT, hh[0].mT), _bias(ih) + _bias(hh)
-    vectors = (
-      self.fc_write_keys,
-      self.fc_erase_vector,
-      self.fc_add_vector,
-      self.fc_read_keys,
-    )
+    vectors = [self.fc_erase_vector, self.fc_add_vector]
+    if self._distinct > 1:
+      vectors += [self.fc_write_keys, self.fc_read_keys]
     # Transposed here: within the loop it would be done again in every step.
     heads, strength = (
       (_stack(*(weight for weight, _ in layers)).mT, _bias(*layers))
@@ -341,7 +347,8 @@ class DNC(nn.Module):
     return nn.sigmoid(o) * jnp.tanh(c), c
 
   def _weigh(self, keys, norm, slots):
-    """Weightings [B, K, M] of the slots for keys [B, K, S]."""
+    """Weightings [B, K, M] of the slots for keys [B, K S]."""
+    keys = keys.reshape(len(keys), -1, self.slot_width)
     scale = perturbed.materialize(self.memory_norm[0])
     keys = _normalize(keys, norm)
     keys = keys * jnp.broadcast_to(scale, keys.shape)
@@ -350,16 +357,19 @@ class DNC(nn.Module):
 
   def _access(self, slots, q, heads, strength):
     """The memory and the reads [B, R S] after one write and one read."""
-    batch, slot = len(q), self.slot_width
-    key, erase, add, keys = jnp.split(
-      _affine(q, heads), [slot, 2 * slot, 3 * slot], axis=-1
-    )
-    weights = self._weigh(key[:, None], self.write_keys_norm, slots)[:, 0]
-    weights = weights * nn.sigmoid(_affine(q, strength))
-    slots = _write(slots, weights, nn.sigmoid(erase), jnp.tanh(add))
-    keys = keys.reshape(batch, self.num_reads, slot)
-    weights = self._weigh(keys, self.read_keys_norm, slots)
-    return slots, _read(slots, weights).reshape(batch, -1)
+    slot = self.slot_width
+    erase, add, keys = jnp.split(_affine(q, heads), [slot, 2 * slot], axis=-1)
+    write = nn.sigmoid(_affine(q, strength))
+    read = jnp.ones((len(q), self.num_reads, 1))
+    if self._distinct > 1:
+      key, keys = jnp.split(keys, [slot], axis=-1)
+      write *= self._weigh(key, self.write_keys_norm, slots)[:, 0]
+    else:
+      write /= self.memory_slots
+    slots = _write(slots, write, nn.sigmoid(erase), jnp.tanh(add))
+    if self._distinct > 1:
+      read = self._weigh(keys, self.read_keys_norm, slots)
+    return slots, _read(slots, read).reshape(len(q), -1)
 
   def __call__(self, carry: State, tokens: jax.Array):
     """Runs one chunk of time.
