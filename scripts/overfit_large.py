@@ -1,6 +1,7 @@
 """Learns ten random tokens by heart with a large model, and counts its memory.
 
 python scripts/overfit_large.py [--size=smoke_large|smoke_7b] [--steps=6]
+  [--probes=96]
 
 Takes whole steps as training does, without checkpoints: those of smoke_7b would
 be 14 GB each. Writes benchmarks/results/overfit_SIZE.json after every step.
@@ -26,6 +27,7 @@ _SIZE = flags.DEFINE_enum(
   "size", "smoke_large", ["smoke_large", "smoke_7b"], "Which model."
 )
 _STEPS = flags.DEFINE_integer("steps", 6, "Steps to take.")
+_PROBES = flags.DEFINE_integer("probes", 96, "Probes of a step.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the run.")
 
 
@@ -48,7 +50,7 @@ def main(argv):
   cores.use()
   configs = runpy.run_path(str(ROOT / "configs" / "paper" / "lstm.py"))
   config = configs["get_config"](_SIZE.value)
-  config.seed = _SEED.value
+  config.seed, config.num_probes = _SEED.value, _PROBES.value
   experiment = build.experiment(config)
   parts, data = programs(experiment), experiment.task.data
   losses, _, aside = jax.eval_shape(parts.query, parts.template, data)
@@ -57,6 +59,7 @@ def main(argv):
     "machine": machine.describe() | {"command": " ".join(sys.argv)},
     "devices": experiment.layout.mesh.size,
     "size": _SIZE.value,
+    "probes": _PROBES.value,
     "seed": _SEED.value,
     "parameters": sum(x.size for x in params),
     "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),

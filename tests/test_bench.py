@@ -150,14 +150,17 @@ def test_a_peer_that_is_missing_is_skipped_by_name(idle, monkeypatch):
 
 
 def test_the_loop_of_torch_is_scaled_to_all_probes(idle, monkeypatch):
+  loops = ["torch loop", "torch loop, one thread"]
   monkeypatch.setattr(machine, "installed", lambda peer: peer == "torch")
   monkeypatch.setattr(
-    peers, "in_torch", lambda case, n: {"torch loop": None, "torch BPTT": None}
+    peers, "in_torch", lambda case, n: dict.fromkeys(["torch BPTT", *loops])
   )
   rows = {row["program"]: row for row in step.run(PEAKS, True, True)["steps"]}
-  assert rows["torch loop"]["probes"] == 2
-  assert rows["torch loop"]["probes_measured"] == 1
-  assert rows["torch loop"]["ms"] == 2 * 20_000
+  for name, seconds in zip(loops, (20, 2), strict=True):
+    assert rows[name]["probes"] == 2
+    assert rows[name]["probes_measured"] == 1
+    assert rows[name]["ms"] == 2 * 1000 * seconds
+  assert rows["torch BPTT"]["ms"] == 2000
   assert "evosax Open_ES" not in rows
 
 

@@ -41,12 +41,15 @@ def in_evosax(case: Case) -> dict[str, Run]:
 
 
 def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
-  """A loop over some of the probes, and back-propagation, on all cores."""
+  """A loop over some of the probes, and back-propagation.
+
+  On a CPU on all cores, and the loop also on one, where small operations are
+  faster.
+  """
   import torch
 
   from zorn_jax.bench import torch_peer
 
-  torch.set_num_threads(cores.count())
   on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
   device = "cuda" if on_gpu else "cpu"
   arrays = jax.tree.map(np.asarray, _params(case))
@@ -57,7 +60,8 @@ def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
   else:
     loss = torch_peer.lstm(arrays, inputs, targets, weights, device)
 
-  def awaited(step):
+  def awaited(step, threads):
+    torch.set_num_threads(threads)
     values = step()
     if on_gpu:
       torch.cuda.synchronize()
@@ -75,10 +79,14 @@ def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
   bptt = partial(
     torch_peer.bptt_step, loss, torch_peer.parameters(arrays, device), RATE
   )
-  return {
-    "torch loop": partial(awaited, loop),
-    "torch BPTT": partial(awaited, bptt),
+  count = cores.count()
+  runs = {
+    "torch loop": partial(awaited, loop, count),
+    "torch BPTT": partial(awaited, bptt, count),
   }
+  if not on_gpu and count > 1:
+    runs["torch loop, one thread"] = partial(awaited, loop, 1)
+  return runs
 
 
 def _params(case):

@@ -1,11 +1,13 @@
 """Whole training steps, beside those of others."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from zorn_jax import mesh, probe_map
 from zorn_jax.bench import cases, machine, peers, timing
 from zorn_jax.bench.cases import Case
 
@@ -93,7 +95,7 @@ class _Measured(NamedTuple):
 
 def _measure(spec, with_peers, repeats) -> _Measured:
   case = spec.make()
-  runs, others, notes = {}, {}, {}
+  runs, others, notes, loops = {}, {}, {}, []
   for direction in spec.directions:
     step, notes[direction] = _tuned(case, direction, spec)
     runs[f"{direction} query"] = step.query
@@ -108,14 +110,16 @@ def _measure(spec, with_peers, repeats) -> _Measured:
     if machine.installed("evosax"):
       others |= peers.in_evosax(case)
     if machine.installed("torch"):
-      others |= peers.in_torch(case, spec.torch_probes)
-      notes["torch loop"] = {"probes_measured": spec.torch_probes}
+      in_torch = peers.in_torch(case, spec.torch_probes)
+      loops = [name for name in in_torch if name.startswith("torch loop")]
+      others |= in_torch
+      notes |= dict.fromkeys(loops, {"probes_measured": spec.torch_probes})
   seconds = timing.measure(runs | others, repeats)
   for direction in spec.directions:
     both = (seconds[f"{direction} {part}"] for part in ("query", "update"))
     seconds[direction] = sum(both)
-  if "torch loop" in seconds:
-    seconds["torch loop"] *= case.num_probes / spec.torch_probes
+  for name in loops:
+    seconds[name] *= case.num_probes / spec.torch_probes
   return _Measured(case, [*spec.directions, *others], seconds, notes)
 
 
@@ -154,7 +158,9 @@ def _drawing(case, direction):
     return jax.tree.map(add, sample(key, params))
 
   keys = jax.random.split(jax.random.key(0), case.num_probes)
-  run = jax.jit(lambda keys: jax.lax.map(draw, keys))
+  # One after the other on the devices of the step, as it draws them.
+  devices = mesh.make(case.num_probes)
+  run = jax.jit(partial(probe_map.sharded(devices, 1).map, draw))
   return lambda: run(keys)
 
 
