@@ -459,6 +459,27 @@ def test_steps_of_the_smoke_test():
   assert found.ours[0] == (5, 5, 5) and found.word == claims.CONFIRMED
 
 
+@pytest.mark.parametrize(
+  ("probes", "losses", "word"),
+  [
+    (96, [9.0, 5.0], claims.UNTESTED),  # It may still learn them.
+    (2, [9.0] * 9, claims.UNTESTED),
+    (96, [9.0] * 9, claims.REFUTED),
+    (96, [9.0] * 6 + [0.05], claims.CONFIRMED),
+  ],
+)
+def test_a_smoke_test_that_ended_early_tells_nothing(
+  tmp_path, probes, losses, word
+):
+  rows = [{"loss": loss} for loss in losses]
+  content = {"size": "smoke_7b", "probes": probes, "steps": rows}
+  file = write(tmp_path / "overfit.json", content | {"machine": MACHINE})
+  found = verdict("6.9 billion", (), [file])
+  assert found.word == word
+  if word == claims.UNTESTED:
+    assert f"{len(losses)} steps of {probes} probes" in found.why
+
+
 def measured_file(tmp_path, *rows):
   content = {"suite": "paper", "machine": MACHINE, "tables": {"steps": rows}}
   return write(tmp_path / "steps.json", content)
