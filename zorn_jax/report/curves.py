@@ -77,6 +77,7 @@ def picture(
         color=COLORS[curve.color % len(COLORS)],
         linestyle="--" if curve.dashed else "-",
         linewidth=1.3,
+        marker="o" if len(curve.points) == 1 else None,
         alpha=0.85,
         label="_" if curve.label in drawn else curve.label,
       )
