@@ -575,6 +575,14 @@ def test_the_page_is_a_function_of_what_it_is_made_of(page):
     assert f"## {section.title}" in markdown
 
 
+def test_a_curve_of_one_point_is_seen():
+  marks = lambda points: curves.picture(
+    [curves.Curve("A", 0, points)], "x", "y"
+  ).count(f"fill: {curves.COLORS[0]}")
+  assert marks([(1.0, 2.0)]) > 0  # A line would have no length.
+  assert marks([(1.0, 2.0), (2.0, 1.0)]) == 0
+
+
 def test_long_curves_are_thinned_and_keep_their_end():
   points = [(float(i), 1.0 / (i + 1)) for i in range(10_000)]
   assert len(curves._thinned(points)) <= 301

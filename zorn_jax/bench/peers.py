@@ -43,8 +43,8 @@ def in_evosax(case: Case) -> dict[str, Run]:
 def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
   """A loop over some of the probes, and back-propagation.
 
-  On a CPU on all cores, and the loop also on one, where small operations are
-  faster.
+  On a CPU on all cores, and the loop also on one, which the many small
+  operations of the DNC do better with.
   """
   import torch
 

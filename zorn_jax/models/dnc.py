@@ -187,10 +187,10 @@ class DNC(nn.Module):
       in every run and for every sequence, and not parameters; or "zeros" as in
       the authors' code, where all slots stay equal, so that the memory is one
       vector that every write changes by s / M of what it could, and the keys
-      and norms that find slots do not matter. The deviation
-      gives the scores of the first token, whose norms have an epsilon of 1e-5,
-      a deviation of about one: weightings differ between slots but no slot
-      takes all. Slots of size 1 have a constant norm, and nothing finds them.
+      and norms that find slots do not matter. The deviation gives the scores of
+      the first token, whose norms have an epsilon of 1e-5, a deviation of about
+      one: weightings differ between slots but no slot takes all. Slots of size
+      1 have a constant norm, and nothing finds them.
     embedding_scale: Standard deviation of the initial embedding.
     dtype: Type of the parameters; sums and the state are float32 whatever it
       is.

@@ -207,8 +207,11 @@ def first_slope(count: int, **fields) -> Callable[[Evidence], Reading | str]:
   return read
 
 
+_SMOKE_PROBES = 96
+
+
 def smoke(
-  size: str, hidden_size: int, probes: int, most: int
+  size: str, hidden_size: int, most: int
 ) -> Callable[[Evidence], Reading | str]:
   """Steps until ten random tokens are known by heart.
 
@@ -232,8 +235,8 @@ def smoke(
       if bench.content.get("size") == size:
         losses = [row["loss"] for row in bench.tables["steps"]]
         below = [i for i, x in enumerate(losses) if x < run_dirs.TARGET]
-        ran = bench.content.get("probes", probes)
-        if ran != probes or not below and len(losses) < most:
+        ran = bench.content.get("probes", _SMOKE_PROBES)
+        if ran != _SMOKE_PROBES or not below and len(losses) < most:
           short = f"{bench.name} has {len(losses)} steps of {ran} probes"
           continue
         steps.append(1 + below[0] if below else math.inf)
@@ -647,7 +650,7 @@ CLAIMS = (
     "within",
     2.0,
     "README of May 2025 (log: 7.537, 3.641, 1.755, 0.334, 0.0954)",
-    smoke("smoke_large", 66000, probes=96, most=7),
+    smoke("smoke_large", 66000, most=7),
     seeds=1,
   ),
   Claim(
@@ -657,7 +660,7 @@ CLAIMS = (
     "within",
     2.0,
     "README (log: 15.95 to 0.0469)",
-    smoke("smoke_7b", 2**17, probes=96, most=9),
+    smoke("smoke_7b", 2**17, most=9),
     seeds=1,
   ),
   *(
