@@ -42,7 +42,7 @@ def defer(params, key, scale):
 
   def draw(key, shape, window):
     z = directions.signs(key, shape)
-    return jax.lax.dynamic_slice(z, *window)
+    return jax.lax.dynamic_slice(z, *window[:2])
 
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
@@ -137,6 +137,31 @@ def test_members_score_as_alone_in_parts(move, vocab, options, in_parts):
   data = batch(vocab)
   got = losses(model, move, params, *data)
   check(got, one_by_one(model, move, params, *data))
+
+
+def signs(params, key, scale):
+  direction = directions.rademacher(deferred=True)
+  return direction.perturb(params, direction.sample(key, params), scale)
+
+
+# Heads of whole words of signs, and others.
+@pytest.mark.parametrize("head", [32, 6])
+def test_a_large_readout_is_formed_by_rows_of_some_heads(
+  head, in_parts, monkeypatch
+):
+  model, params = build(hidden_size=3 * head)
+  data = batch(11)
+  in_time = losses(model, signs, params, *data)
+  # Three rows at once for each of six members: the last block has two.
+  monkeypatch.setattr(readout, "_CACHED_BYTES", 4 * head * 6 * 3)
+  program = str(
+    jax.make_jaxpr(lambda p: losses(model, signs, p, *data))(params)
+  )
+  assert f"f32[3,2,3,{head}]" in program
+  assert f"f32[3,2,11,{head}]" not in program
+  got = losses(model, signs, params, *data)
+  check(got, one_by_one(model, signs, params, *data))
+  check(got, in_time)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -9,11 +9,13 @@ Code that needs the plain array calls :func:`materialize`.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from zorn_jax import types
+from zorn_jax.tiles import Window
 
 
 class _Leaf:
@@ -93,13 +95,13 @@ def _dense(w: Perturbed) -> jax.Array:
 
 def _formed(w: Deferred, window=None) -> jax.Array:
   """The block of W + Σ s z that the window names, rounded once."""
-  starts, sizes = window or ((0,) * w.ndim, w.shape)
+  window = window or Window((0,) * w.ndim, w.shape)
   block = w.value
-  if window:
-    block = jax.lax.dynamic_slice(w.value, starts, sizes)
+  if window.sizes != w.shape:
+    block = jax.lax.dynamic_slice(w.value, window.starts, window.sizes)
   wide = block.astype(jnp.promote_types(w.dtype, jnp.float32))
   for index in range(len(w.scales)):
-    z = w.draw(w.keys[index], w.shape, (starts, sizes))
+    z = w.draw(w.keys[index], w.shape, window)
     wide = wide + w.scales[index] * z
   return wide.astype(w.dtype)
 
@@ -130,20 +132,42 @@ def materialize(tree: types.PyTree) -> types.PyTree:
   return jax.tree.map(form, tree, is_leaf=is_any)
 
 
-def cut(w, axis: int, start, size: int):
+class Part(NamedTuple):
+  """Which part of a matrix along one axis.
+
+  Attributes:
+    axis: Counted from the end of the matrix: negative.
+    start: Index of the first; may be traced.
+    size: How many there are.
+    aligned: Whether `start`, if it is traced, is known to be a multiple of 32.
+  """
+
+  axis: int
+  start: Any
+  size: int
+  aligned: bool = False
+
+
+def cut(w, *parts: Part):
   """A part of a matrix; what is deferred is formed.
 
   Args:
     w: [..., m, k], an array, Perturbed or Deferred; perhaps with further axes
       of its factors in front.
-    axis: Which axis of the matrix, counted from its end: negative.
-    start: Index of the first of the part; may be traced.
-    size: How many there are.
+    *parts: At most one for each axis.
   """
   if is_deferred(w):
-    starts, sizes = [0] * w.ndim, list(w.shape)
-    starts[axis], sizes[axis] = start, size
-    return _formed(w, (tuple(starts), tuple(sizes)))
+    starts, sizes, aligned = [0] * w.ndim, list(w.shape), False
+    for axis, start, size, known in parts:
+      starts[axis], sizes[axis] = start, size
+      aligned |= known and axis == -1
+    return _formed(w, Window(tuple(starts), tuple(sizes), aligned))
+  for part in parts:
+    w = _cut(w, *part[:3])
+  return w
+
+
+def _cut(w, axis, start, size):
   part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
   if not is_perturbed(w):
     return part(w)

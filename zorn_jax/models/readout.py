@@ -11,6 +11,9 @@ from zorn_jax.models.population import Trail
 # once.
 _BLOCK_BYTES = 2**24
 
+# Bytes of a block that is formed and used while it is in the cache of one core.
+_CACHED_BYTES = 2**20
+
 
 def compare(logits: jax.Array, targets: jax.Array):
   """Cross-entropies in nats, and whether the target's logit is the largest.
@@ -31,7 +34,7 @@ def compare(logits: jax.Array, targets: jax.Array):
 
 
 def _along_vocabulary(tokens, targets):
-  """Tokens [1, V, ...] beside targets [C, 1, trail...]."""
+  """Values of tokens as [1, V, ...], beside targets [C, 1, trail...]."""
   return tokens.reshape(1, -1, *(1,) * (targets.ndim - 1))
 
 
@@ -71,6 +74,49 @@ def _add_at(total, t, x):
   return jax.lax.dynamic_update_slice_in_dim(total, old + x[None], t, 0)
 
 
+def is_large(layout: Trail, leaf, width: int) -> bool:
+  """Whether these columns, formed, would not stay in a cache."""
+  formed = perturbed.is_deferred(leaf)
+  return formed and leaf.shape[0] > _rows(layout, width)
+
+
+def _rows(layout, width):
+  """How many rows of some columns are formed at once, and stay in a cache."""
+  return max(1, _CACHED_BYTES // (4 * width * layout.beside))
+
+
+def add_large(layout: Trail, weights, columns: perturbed.Part, total, x):
+  """Adds what x [C, K, trail...] contributes by some columns of W.
+
+  All steps of time are multiplied with a block of rows while it is there: a
+  step after the other would read the columns again and again.
+
+  Args:
+    layout: The trail.
+    weights: W [V, H], deferred.
+    columns: Which of them, K in number.
+    total: As :func:`zeros` has it.
+    x: Outputs.
+  """
+  vocab, width = weights.shape[0], columns.size
+  blocks = -(-vocab // _rows(layout, width))
+  size = -(-vocab // blocks)
+  sums, mixed = total
+
+  def add(index, sums):
+    # The last block begins earlier where the size does not divide.
+    start = jnp.minimum(index * size, vocab - size)
+    rows = perturbed.cut(weights, perturbed.Part(-2, start, size), columns)
+    y = population.multiply(layout, rows, x)
+    if vocab % size:
+      fresh = start + jnp.arange(size) >= index * size
+      y = jnp.where(_along_vocabulary(fresh, y[:, 0]), y, 0.0)
+    old = jax.lax.dynamic_slice_in_dim(sums, start, size, 1)
+    return jax.lax.dynamic_update_slice_in_dim(sums, old + y, start, 1)
+
+  return jax.lax.fori_loop(0, blocks, add, sums), mixed
+
+
 def logits(layout: Trail, weights, axes, total) -> jax.Array:
   """The logits [C, V, trail...] of the sums over all heads."""
   value, mixed = total
@@ -104,7 +150,9 @@ def compare_blocks(layout: Trail, x, weights, axes, bias, targets):
     mixed = population.inner(layout, right, x[:, None])
 
   def of_rows(start):
-    rows = perturbed.cut(weights, -2, start, size) if blocks > 1 else weights
+    rows = weights
+    if blocks > 1:
+      rows = perturbed.cut(weights, perturbed.Part(-2, start, size))
     w = population.matrix(layout, rows, axes)
     y = population.multiply(layout, w.value, x)
     if mixed is not None:

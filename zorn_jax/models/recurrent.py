@@ -373,10 +373,13 @@ class Recurrent(nn.Module):
       index, states = given
       width = size * head
 
+      def part(axis, unit):
+        return perturbed.Part(axis, index * unit, unit, unit % 32 == 0)
+
       def cut(leaf, axis, unit):
         if size == heads:
           return leaf
-        return perturbed.cut(leaf, axis, index * unit, unit)
+        return perturbed.cut(leaf, part(axis, unit))
 
       parts = {
         "w_in": cut(layer["w_in"], -1, gates * width),
@@ -384,15 +387,19 @@ class Recurrent(nn.Module):
         "b": cut(layer["b"], -2, size),
       }
       fetch = feed.through(parts["w_in"], axes["w_in"], (size, gates, head))
-      if w_proj:
+      large = w_proj and readout.is_large(layout, w_proj[0], width)
+      add = None
+      if w_proj and not large:
         leaf = cut(w_proj[0], -1, width)
         add = readout.adder(layout, leaf, w_proj[1])
-      else:
-        add = None
-      states, total, h = self._run(
-        layout, parts, axes, states, fetch, feed.length, add, total
-      )
-      return total, (states, h)
+      given = (parts, axes, states, fetch, feed.length)
+      states, sums, h = self._run(layout, *given, add, None if large else total)
+      if not large:
+        return sums, (states, h)
+      h = h.reshape(feed.length, width, *layout.shape).astype(self.dtype)
+      columns = part(-1, width)
+      total = readout.add_large(layout, w_proj[0], columns, total, h)
+      return total, (states, None)
 
     if size == heads:
       total, (states, h) = some(total, (0, states))
