@@ -172,6 +172,19 @@ def test_medians_and_spread_by_hand(tmp_path):
   assert document.spread(below) == "- (20 to -)"
 
 
+@pytest.mark.parametrize(
+  ("name", "step"), [("random_tokens", 20), ("copy", 30)]
+)
+def test_a_batch_is_known_by_its_clean_loss(tmp_path, name, step):
+  """A perturbed loss is higher; one of other data says nothing."""
+  losses, valid = (3.0, 0.4, 0.05, 0.01), (2.0, 0.09, 0.2, 0.01)
+  task = CONFIG["task"] | {"name": name}
+  path = make_run(tmp_path / "a", losses, valid, task=task)
+  (row,) = rows_of(path)
+  for unit, value in (("step", step), ("forward_tokens", 100 * step)):
+    assert runs.reached(row.runs[0], unit) == value
+
+
 def test_budgets_are_what_all_have_spent(tmp_path):
   rows = rows_of(
     make_run(tmp_path / "a", valid=(4, 3, 2)),

@@ -166,8 +166,8 @@ def _comparison(comparison):
 
 def _valid(comparison):
   """What a loss on the validation split is."""
-  same = comparison.task["name"] == "random_tokens"  # The batch of training.
-  return "clean" if same else "held-out"
+  clean = run_dirs.validates_clean(comparison.task)
+  return "clean" if clean else "held-out"
 
 
 def _letter(index):

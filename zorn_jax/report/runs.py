@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from zorn_jax import loggers, workdir as workdirs
 
-TARGET = 0.1  # Training loss, in nats, from which a batch is known by heart.
+TARGET = 0.1  # Loss, in nats, from which a batch is known by heart.
 
 
 class Run(NamedTuple):
@@ -307,16 +307,26 @@ def best(run: Run, name: str) -> float | None:
   return min((x for x in values if math.isfinite(x)), default=None)
 
 
+def validates_clean(task: dict[str, Any]) -> bool:
+  """Whether the validation split is the batch of training itself."""
+  return task["name"] == "random_tokens"
+
+
 def reached(run: Run, unit: str, target: float = TARGET) -> float:
-  """Where the training loss was first below a target; infinity if nowhere.
+  """Where the loss was first below a target; infinity if nowhere.
+
+  That is the training loss or, where validation is on the batch of training,
+  the clean one: a zero-order method's training loss is of perturbed parameters,
+  and may stay above the target although those that it has found lie below.
 
   Args:
     run: Of which only logged steps are seen.
     unit: "step", "forward_tokens" or "seconds".
     target: In nats.
   """
+  names = ["loss"] + ["valid_loss"] * validates_clean(run.config["task"])
   for record in run.records:
-    if "loss" in record and record["loss"] < target:
+    if unit in record and any(record.get(x, target) < target for x in names):
       return record[unit]
   return math.inf
 
