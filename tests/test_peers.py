@@ -24,6 +24,7 @@ MODULES = {
   "lstm_large_vocabulary": models.Recurrent("lstm", 2 * B * T, 6, 8, 2),
   "dnc": models.DNC(V, 5, 6, 2, 4, 3),
   "dnc_rnn": models.DNC(V, 5, 6, 1, 4, controller="rnn"),
+  "dnc_zeros": models.DNC(V, 5, 6, 2, 4, 3, "rnn", "zeros"),
 }
 
 
@@ -72,7 +73,7 @@ def problem(name):
   data = (inputs, targets, weights)
   if "dnc" in name:
     memory = model.initial_carry(params, 1).memory[0]
-    data = (*data, np.asarray(memory))
+    data = (*data, np.asarray(memory), MODULES[name].memory_slots)
   return arrays, data, jax.jit(loss_fn)(params)
 
 

@@ -49,6 +49,7 @@ class Case(NamedTuple):
     batch_size: Sequences B.
     num_probes: Directions n of a step.
     counted: The same model without kernels, whose products can be counted.
+    num_slots: Slots of a DNC's memory, which may keep one for all.
   """
 
   name: str
@@ -57,6 +58,7 @@ class Case(NamedTuple):
   batch_size: int
   num_probes: int
   counted: Model
+  num_slots: int = 0
 
 
 def lstm(
@@ -107,20 +109,25 @@ def _lstm(hidden_size, num_heads, dtype):
   )
 
 
-def dnc(size: int, num_probes: int) -> Case:
+def dnc(size: int, num_probes: int, memory: str = "zeros") -> Case:
   """The DNC of Figure 1: 100 random tokens after 100 others, batch 1.
 
   Args:
     size: Width of the controller and of a slot, and number of slots; 128 in the
       smallest of the figure.
     num_probes: Directions n of a step.
+    memory: "zeros" for that of the figure, all whose slots are equal; or
+      "random" for one that needs them all, with the controller of the code that
+      was published, an LSTM.
   """
-  module = models.DNC(_VOCABULARY, 32, size, 1, size, size)
+  controller = "rnn" if memory == "zeros" else "lstm"
+  sizes = (_VOCABULARY, 32, size, 1, size, size, controller, memory)
   task = tasks.random_tokens(
     1, _VOCABULARY, seq_length=100, time_chunk=100, source_length=100
   )
-  model = models.from_linen(module)
-  return Case(f"DNC {size}", model, task, 1, num_probes, model)
+  model = models.from_linen(models.DNC(*sizes))
+  name = f"DNC {size}" if memory == "zeros" else f"DNC {size}, {memory}"
+  return Case(name, model, task, 1, num_probes, model, size)
 
 
 def zero_order(

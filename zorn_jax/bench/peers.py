@@ -56,7 +56,8 @@ def in_torch(case: Case, num_probes: int) -> dict[str, Run]:
   inputs, targets, weights = cases.sequences(case)
   if "controller_bias_hh" in arrays:
     memory = case.model.initial_carry(arrays, 1).memory[0]
-    loss = torch_peer.dnc(arrays, inputs, targets, weights, memory, device)
+    batch = (inputs, targets, weights)
+    loss = torch_peer.dnc(arrays, *batch, memory, case.num_slots, device)
   else:
     loss = torch_peer.lstm(arrays, inputs, targets, weights, device)
 

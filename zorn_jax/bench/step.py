@@ -40,7 +40,8 @@ _MANY, _SOME = (1, 4, 8, 16, 32), (1, 4)
 SPECS = (
   Spec(lambda: cases.lstm("tiny", 64, 96), _MANY, _SOME, 96),
   Spec(lambda: cases.lstm("small", 16, 96), _MANY, _SOME, 48, True),
-  Spec(lambda: cases.dnc(128, 96), _MANY, _SOME, 12),
+  Spec(lambda: cases.dnc(128, 96), (*_MANY, 48), _SOME, 12),
+  Spec(lambda: cases.dnc(128, 96, "random"), _MANY, _SOME, 12),
   # Few probes suffice: its products are large enough for a machine's peak.
   Spec(lambda: cases.lstm("medium", 64, 8), (1, 2, 4, 8), (1, 4), 1, True),
 )

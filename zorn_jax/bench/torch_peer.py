@@ -136,7 +136,9 @@ def bptt_step(loss_fn: LossFn, params: Parameters, rate: float) -> torch.Tensor:
   """
   leaves = {n: x.detach().requires_grad_() for n, x in params.named.items()}
   loss = loss_fn(leaves)
-  grads = torch.autograd.grad(loss, list(leaves.values()))
+  grads = torch.autograd.grad(
+    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+  )
   with torch.no_grad():
     torch._foreach_add_(list(params.named.values()), grads, alpha=-rate)
   return loss.detach()
@@ -231,6 +233,7 @@ def dnc(
   targets: np.ndarray,
   weights: np.ndarray,
   memory: np.ndarray,
+  num_slots: int,
   device: str = "cpu",
 ) -> LossFn:
   """The loss of the simplified DNC on one batch.
@@ -242,28 +245,26 @@ def dnc(
     inputs: Token ids [B, T].
     targets: Token ids that follow them, [B, T].
     weights: What each prediction counts, [B, T].
-    memory: The first memory [M, S], the same for every sequence.
+    memory: The first memory [M, S], the same for every sequence; [1, S] where
+      all slots are equal, and stay so.
+    num_slots: Their number M.
     device: Where the batch lies.
   Returns:
     (named parameters) -> Σ weight cross-entropy / Σ weight.
   """
   batch, length = inputs.shape
   slots, slot = memory.shape
+  distinct = slots > 1 or num_slots == 1
   hidden = len(params["controller_norm_weight"])
   reads = len(params["fc_read_keys_bias"])
   recurrent = len(params["controller_bias_hh"]) > hidden
   tokens = _tokens(inputs, device)  # [T, B]
   compare = _comparison(targets, weights, device)
   first = _tensor(memory, device).expand(batch, slots, slot).contiguous()
-  # The sigmoids of the interface lie side by side.
-  interface = (
-    "write_strength",
-    "erase_vector",
-    "add_vector",
-    "write_keys",
-    "read_keys",
-  )
-  sizes = (1 + slot, slot, slot, reads)
+  # The sigmoids of the interface lie side by side. Keys find equal slots alike.
+  interface = ("write_strength", "erase_vector", "add_vector")
+  keys = ("write_keys", "read_keys") if distinct else ()
+  sizes = (1 + slot, slot, slot, reads)[: 2 + len(keys)]
 
   def loss(p):
     def norm(x, name):
@@ -274,10 +275,12 @@ def dnc(
     w_ih = p["controller_weight_ih"].T.contiguous()
     w_hh = p["controller_weight_hh"].T.contiguous()
     b_h = p["controller_bias_ih"] + p["controller_bias_hh"]
-    w_q = torch.cat([p[f"fc_{x}_weight"] for x in interface]).T.contiguous()
-    b_q = torch.cat([p[f"fc_{x}_bias"] for x in interface])
+    w_q = torch.cat(
+      [p[f"fc_{x}_weight"] for x in (*interface, *keys)]
+    ).T.contiguous()
+    b_q = torch.cat([p[f"fc_{x}_bias"] for x in (*interface, *keys)])
     memory = first
-    found = norm(memory, "memory_norm")
+    found = norm(memory, "memory_norm") if distinct else None
     h = c = memory.new_zeros(batch, hidden)
     v = memory.new_zeros(batch, reads)
     outputs = []
@@ -292,16 +295,24 @@ def dnc(
       else:
         h = torch.tanh(gates)
       q = norm(h, "controller_norm")
-      se, a, key, keys = torch.addmm(b_q, q, w_q).split_with_sizes(sizes, 1)
+      se, a, *found_by = torch.addmm(b_q, q, w_q).split_with_sizes(sizes, 1)
       se, a = torch.sigmoid(se)[:, None], torch.tanh(a)[:, None]
-      key = norm(key, "write_keys_norm")[:, :, None]
-      weighting = torch.bmm(found, key).softmax(1) * se[..., :1]
+      weighting = se[..., :1]
+      if distinct:
+        key = norm(found_by[0], "write_keys_norm")[:, :, None]
+        weighting = torch.bmm(found, key).softmax(1) * weighting
+      else:
+        weighting = weighting / num_slots
       # One pass less than M (1 - ω e) + ω a.
       memory = memory + (a - memory * se[..., 1:]) * weighting
-      found = norm(memory, "memory_norm")
-      keys = norm(keys.reshape(batch, -1, slot), "read_keys_norm")
-      weightings = torch.bmm(keys, found.mT).softmax(2)
-      v = torch.bmm(weightings, memory).view(batch, reads)
+      if distinct:
+        found = norm(memory, "memory_norm")
+        found_by = found_by[1].reshape(batch, -1, slot)
+        found_by = norm(found_by, "read_keys_norm")
+        weightings = torch.bmm(found_by, found.mT).softmax(2)
+        v = torch.bmm(weightings, memory).view(batch, reads)
+      else:
+        v = memory[:, 0].repeat(1, reads // slot)
       outputs.append(torch.cat([q, v], 1))
     outputs = norm(torch.cat(outputs), "pre_output_norm")
     return compare(p["fc_proj_bias"], outputs, p["fc_proj_weight"].T)
