@@ -6,7 +6,6 @@ import importlib.util
 import os
 import pathlib
 import platform
-import sys
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ PEERS = ("torch", "evosax")
 
 
 def describe() -> dict[str, Any]:
-  """The machine, the versions of what ran on it, the command and the date."""
+  """The machine, the versions of what runs on it, and the date."""
   versions = {name: _version(name) for name in ("jax", "jaxlib", *PEERS)}
   return {
     "device": _device(),
@@ -27,7 +26,6 @@ def describe() -> dict[str, Any]:
     "backend": jax.default_backend(),
     "python": platform.python_version(),
     **versions,
-    "command": " ".join(["python -m zorn_jax.cli.bench", *sys.argv[1:]]),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
   }
 

@@ -37,6 +37,7 @@ def main(argv) -> int:
   del argv
   cores.use()
   result = report.measure(_SUITE.value, _PEERS.value, _QUICK.value)
+  result["machine"]["command"] = _run.command()
   text = json.dumps(result)
   if _OUTPUT.value:
     pathlib.Path(_OUTPUT.value).write_text(f"{text}\n")
