@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from zorn_jax import perturbed, plan
+from zorn_jax import directions, perturbed, plan
 from zorn_jax.perturbed import Perturbed
 
 ROUNDING = 2.0**-24  # Half a unit in the last place of float32.
@@ -241,3 +241,36 @@ def test_take_refuses_what_is_not_a_matrix():
   w = perturbed.Perturbed(jnp.ones((2, 3, 3)), ones, ones, jnp.float32(1))
   with pytest.raises(ValueError, match=r"got shape \(2, 3, 3\)"):
     perturbed.take(w, jnp.array([0]))
+
+
+@pytest.mark.parametrize("kind", ["array", "low rank", "deferred"])
+def test_a_part_is_that_of_the_whole(kind):
+  value = jnp.asarray(
+    np.random.default_rng(0).normal(size=(5, 70)), jnp.float32
+  )
+  direction = {
+    "low rank": directions.low_rank(2),
+    "deferred": directions.rademacher(deferred=True),
+  }.get(kind)
+  leaf = value
+  if direction:
+    z = direction.sample(jax.random.key(1), value)
+    leaf = direction.perturb(value, z, 0.5)
+  whole = np.asarray(perturbed.materialize(leaf))
+
+  @jax.jit
+  def cut(row, column):
+    rows, columns = perturbed.Part(-2, row, 2), perturbed.Part(-1, column, 33)
+    some = (perturbed.cut(leaf, *x) for x in ((rows, columns), (rows,), ()))
+    aligned = perturbed.cut(leaf, perturbed.Part(-1, 32 * row, 6, True))
+    return [perturbed.materialize(x) for x in (*some, aligned)]
+
+  for row, column in ((0, 0), (2, 37), (1, 32)):
+    expected = (
+      whole[row : row + 2, column : column + 33],
+      whole[row : row + 2],
+      whole,
+      whole[:, 32 * row : 32 * row + 6],
+    )
+    for got, want in zip(cut(row, column), expected, strict=True):
+      np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)

@@ -596,6 +596,56 @@ def test_a_curve_of_one_point_is_seen():
   assert marks([(1.0, 2.0), (2.0, 1.0)]) == 0
 
 
+def test_of_many_rows_the_best_of_every_solver_is_drawn(tmp_path):
+  """Rates of two solvers, the better of which have the letters B and I."""
+  ends = {"A": 3.0, "B": 1.0, "C": 2.0, "D": math.nan, "E": 4.0, "F": 5.0}
+  paths = [
+    make_run(tmp_path / name, (5.0, end), learning_rate=0.1 * (i + 1))
+    for i, (name, end) in enumerate(ends.items())
+  ]
+  paths += [
+    make_run(tmp_path / str(i), (5.0, end), learning_rate=0.1 * (i + 1), **BPTT)
+    for i, end in enumerate((2.0, 3.0, 1.0))
+  ]
+  rows = rows_of(*paths)
+  assert run_labels(runs.best_of_solvers(rows)) == run_labels(
+    [rows[1], rows[8]]
+  )
+  text = render.as_html(page_of(paths))
+  assert "Drawn are B, I:" in text
+
+
+def run_labels(rows):
+  return [row.label for row in rows]
+
+
+def test_models_share_a_table_but_no_budget(tmp_path):
+  other = CONFIG["model"] | {"hidden_size": 999}
+  paths = [
+    make_run(tmp_path / "a", (4.0, 3.0, 2.0)),
+    make_run(tmp_path / "b", (4.0, 3.0, 2.0), learning_rate=0.5),
+    make_run(tmp_path / "c", (4.0,), model=other),
+  ]
+  text = render.as_html(page_of(paths))
+  assert "Of one model: A, B." in text and "Of one model: C." in text
+  assert "loss at 30 steps" in text and "loss at 10 steps" not in text
+
+
+@pytest.mark.parametrize("unit", ["step", "forward_tokens"])
+def test_a_line_without_the_unit_counts_from_the_next(tmp_path, unit):
+  path = make_run(tmp_path / "a", (3.0, 2.0))
+  line = {"step": 15, "valid_loss": 0.01}
+  lines = (path / "metrics.jsonl").read_text().splitlines()
+  lines.insert(1, json.dumps(line))
+  (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  config = json.loads((path / "config.json").read_text())
+  config["task"] |= {"name": "random_tokens"}
+  (path / "config.json").write_text(json.dumps(config))
+  (row,) = rows_of(path)
+  expected = {"step": 15, "forward_tokens": 2000}[unit]
+  assert runs.reached(row.runs[0], unit) == expected
+
+
 def test_long_curves_are_thinned_and_keep_their_end():
   points = [(float(i), 1.0 / (i + 1)) for i in range(10_000)]
   assert len(curves._thinned(points)) <= 301

@@ -163,11 +163,12 @@ def cut(w, *parts: Part):
       aligned |= known and axis == -1
     return _formed(w, Window(tuple(starts), tuple(sizes), aligned))
   for part in parts:
-    w = _cut(w, *part[:3])
+    w = _cut(w, part)
   return w
 
 
-def _cut(w, axis, start, size):
+def _cut(w, where):
+  axis, start, size, _ = where
   part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
   if not is_perturbed(w):
     return part(w)

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Figure 1: steps until a DNC knows one batch by heart, by scale, probes and
 # solver, over one grid of learning rates for all; in full also the four logged
-# steps at scale 8. What counts is the loss without a perturbation, which BPTT has
-# in any step and the others in an evaluation.
+# steps at scale 8. What counts is the loss without a perturbation, after a step.
 #   scripts/paper/figure1.sh [--size=cpu|full|smoke]     (see common.sh)
 . "$(dirname "$0")/common.sh"
 scales=(1) probes=(8 96) forward=150 backward=200
@@ -13,7 +12,8 @@ if [[ $size == full ]]; then
 elif [[ $size == smoke ]]; then
   probes=(2) forward=2 backward=2 rates=0.01 seeds=0
 fi
-grid=(--grid=learning_rate=$rates --grid=seed=$seeds)
+grid=(--config.evaluate_every=1
+  --grid=learning_rate=$rates --grid=seed=$seeds)
 
 for scale in "${scales[@]}"; do
   for solver in sgd adamw; do
@@ -24,7 +24,7 @@ for scale in "${scales[@]}"; do
     for n in "${probes[@]}"; do
       sweep "$solver-$scale-$n" \
         "paper/dnc.py:scale=$scale,solver=$solver,probes=$n" \
-        --config.steps=$forward --config.evaluate_every=1 "${grid[@]}"
+        --config.steps=$forward "${grid[@]}"
     done
   done
 done

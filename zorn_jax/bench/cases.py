@@ -116,9 +116,9 @@ def dnc(size: int, num_probes: int, memory: str = "zeros") -> Case:
     size: Width of the controller and of a slot, and number of slots; 128 in the
       smallest of the figure.
     num_probes: Directions n of a step.
-    memory: "zeros" for that of the figure, all whose slots are equal; or
-      "random" for one that needs them all, with the controller of the code that
-      was published, an LSTM.
+    memory: Which model: "zeros" for the figure's, an RNN with a memory all of
+      whose slots are equal; "random" for the published class, an LSTM, with one
+      whose slots differ.
   """
   controller = "rnn" if memory == "zeros" else "lstm"
   sizes = (_VOCABULARY, 32, size, 1, size, size, controller, memory)

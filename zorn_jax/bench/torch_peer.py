@@ -137,7 +137,7 @@ def bptt_step(loss_fn: LossFn, params: Parameters, rate: float) -> torch.Tensor:
   leaves = {n: x.detach().requires_grad_() for n, x in params.named.items()}
   loss = loss_fn(leaves)
   grads = torch.autograd.grad(
-    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    loss, list(leaves.values()), materialize_grads=True
   )
   with torch.no_grad():
     torch._foreach_add_(list(params.named.values()), grads, alpha=-rate)
@@ -254,7 +254,7 @@ def dnc(
   """
   batch, length = inputs.shape
   slots, slot = memory.shape
-  distinct = slots > 1 or num_slots == 1
+  distinct = slots > 1
   hidden = len(params["controller_norm_weight"])
   reads = len(params["fc_read_keys_bias"])
   recurrent = len(params["controller_bias_hh"]) > hidden
@@ -262,9 +262,11 @@ def dnc(
   compare = _comparison(targets, weights, device)
   first = _tensor(memory, device).expand(batch, slots, slot).contiguous()
   # The sigmoids of the interface lie side by side. Keys find equal slots alike.
-  interface = ("write_strength", "erase_vector", "add_vector")
-  keys = ("write_keys", "read_keys") if distinct else ()
-  sizes = (1 + slot, slot, slot, reads)[: 2 + len(keys)]
+  interface = ["write_strength", "erase_vector", "add_vector"]
+  sizes = [1 + slot, slot]
+  if distinct:
+    interface += ["write_keys", "read_keys"]
+    sizes += [slot, reads]
 
   def loss(p):
     def norm(x, name):
@@ -275,10 +277,8 @@ def dnc(
     w_ih = p["controller_weight_ih"].T.contiguous()
     w_hh = p["controller_weight_hh"].T.contiguous()
     b_h = p["controller_bias_ih"] + p["controller_bias_hh"]
-    w_q = torch.cat(
-      [p[f"fc_{x}_weight"] for x in (*interface, *keys)]
-    ).T.contiguous()
-    b_q = torch.cat([p[f"fc_{x}_bias"] for x in (*interface, *keys)])
+    w_q = torch.cat([p[f"fc_{x}_weight"] for x in interface]).T.contiguous()
+    b_q = torch.cat([p[f"fc_{x}_bias"] for x in interface])
     memory = first
     found = norm(memory, "memory_norm") if distinct else None
     h = c = memory.new_zeros(batch, hidden)
@@ -295,21 +295,20 @@ def dnc(
       else:
         h = torch.tanh(gates)
       q = norm(h, "controller_norm")
-      se, a, *found_by = torch.addmm(b_q, q, w_q).split_with_sizes(sizes, 1)
+      se, a, *both = torch.addmm(b_q, q, w_q).split_with_sizes(sizes, 1)
       se, a = torch.sigmoid(se)[:, None], torch.tanh(a)[:, None]
-      weighting = se[..., :1]
       if distinct:
-        key = norm(found_by[0], "write_keys_norm")[:, :, None]
-        weighting = torch.bmm(found, key).softmax(1) * weighting
+        key, keys = both
+        key = norm(key, "write_keys_norm")[:, :, None]
+        weighting = torch.bmm(found, key).softmax(1) * se[..., :1]
       else:
-        weighting = weighting / num_slots
+        weighting = se[..., :1] / num_slots
       # One pass less than M (1 - ω e) + ω a.
       memory = memory + (a - memory * se[..., 1:]) * weighting
       if distinct:
         found = norm(memory, "memory_norm")
-        found_by = found_by[1].reshape(batch, -1, slot)
-        found_by = norm(found_by, "read_keys_norm")
-        weightings = torch.bmm(found_by, found.mT).softmax(2)
+        keys = norm(keys.reshape(batch, -1, slot), "read_keys_norm")
+        weightings = torch.bmm(keys, found.mT).softmax(2)
         v = torch.bmm(weightings, memory).view(batch, reads)
       else:
         v = memory[:, 0].repeat(1, reads // slot)

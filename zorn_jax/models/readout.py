@@ -34,7 +34,7 @@ def compare(logits: jax.Array, targets: jax.Array):
 
 
 def _along_vocabulary(tokens, targets):
-  """Values of tokens as [1, V, ...], beside targets [C, 1, trail...]."""
+  """Tokens [1, V, ...] beside targets [C, 1, trail...]."""
   return tokens.reshape(1, -1, *(1,) * (targets.ndim - 1))
 
 
@@ -74,10 +74,10 @@ def _add_at(total, t, x):
   return jax.lax.dynamic_update_slice_in_dim(total, old + x[None], t, 0)
 
 
-def is_large(layout: Trail, leaf, width: int) -> bool:
-  """Whether these columns, formed, would not stay in a cache."""
-  formed = perturbed.is_deferred(leaf)
-  return formed and leaf.shape[0] > _rows(layout, width)
+def is_large(layout: Trail, weights, width: int) -> bool:
+  """Whether so many columns of a deferred W would not stay in a cache."""
+  formed = perturbed.is_deferred(weights)
+  return formed and weights.shape[0] > _rows(layout, width)
 
 
 def _rows(layout, width):
@@ -88,8 +88,8 @@ def _rows(layout, width):
 def add_large(layout: Trail, weights, columns: perturbed.Part, total, x):
   """Adds what x [C, K, trail...] contributes by some columns of W.
 
-  All steps of time are multiplied with a block of rows while it is there: a
-  step after the other would read the columns again and again.
+  All steps of time are multiplied with a block of rows while it is there: one
+  step after another would read the columns again and again.
 
   Args:
     layout: The trail.
@@ -97,11 +97,13 @@ def add_large(layout: Trail, weights, columns: perturbed.Part, total, x):
     columns: Which of them, K in number.
     total: As :func:`zeros` has it.
     x: Outputs.
+  Returns:
+    The new total.
   """
   vocab, width = weights.shape[0], columns.size
   blocks = -(-vocab // _rows(layout, width))
   size = -(-vocab // blocks)
-  sums, mixed = total
+  sums, _ = total
 
   def add(index, sums):
     # The last block begins earlier where the size does not divide.
@@ -110,11 +112,11 @@ def add_large(layout: Trail, weights, columns: perturbed.Part, total, x):
     y = population.multiply(layout, rows, x)
     if vocab % size:
       fresh = start + jnp.arange(size) >= index * size
-      y = jnp.where(_along_vocabulary(fresh, y[:, 0]), y, 0.0)
+      y = jnp.where(fresh.reshape(1, size, *(1,) * (y.ndim - 2)), y, 0.0)
     old = jax.lax.dynamic_slice_in_dim(sums, start, size, 1)
     return jax.lax.dynamic_update_slice_in_dim(sums, old + y, start, 1)
 
-  return jax.lax.fori_loop(0, blocks, add, sums), mixed
+  return jax.lax.fori_loop(0, blocks, add, sums), None
 
 
 def logits(layout: Trail, weights, axes, total) -> jax.Array:

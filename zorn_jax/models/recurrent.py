@@ -367,11 +367,14 @@ class Recurrent(nn.Module):
       jnp.broadcast_to(x, x.shape[:2] + layout.shape) for x in states
     )
     size = _heads_at_once(layer["r"], heads, gates * head, layout)
-    total = readout.zeros(layout, feed.length, w_proj) if w_proj else None
+    width = size * head
+    total, large = None, False
+    if w_proj:
+      total = readout.zeros(layout, feed.length, w_proj)
+      large = readout.is_large(layout, w_proj[0], width)
 
     def some(total, given):
       index, states = given
-      width = size * head
 
       def part(axis, unit):
         return perturbed.Part(axis, index * unit, unit, unit % 32 == 0)
@@ -387,19 +390,19 @@ class Recurrent(nn.Module):
         "b": cut(layer["b"], -2, size),
       }
       fetch = feed.through(parts["w_in"], axes["w_in"], (size, gates, head))
-      large = w_proj and readout.is_large(layout, w_proj[0], width)
+      run = partial(self._run, layout, parts, axes, states, fetch, feed.length)
+      if large:
+        states, _, h = run(None, None)
+        h = h.reshape(feed.length, width, *layout.shape).astype(self.dtype)
+        columns = part(-1, width)
+        total = readout.add_large(layout, w_proj[0], columns, total, h)
+        return total, (states, None)
       add = None
-      if w_proj and not large:
+      if w_proj:
         leaf = cut(w_proj[0], -1, width)
         add = readout.adder(layout, leaf, w_proj[1])
-      given = (parts, axes, states, fetch, feed.length)
-      states, sums, h = self._run(layout, *given, add, None if large else total)
-      if not large:
-        return sums, (states, h)
-      h = h.reshape(feed.length, width, *layout.shape).astype(self.dtype)
-      columns = part(-1, width)
-      total = readout.add_large(layout, w_proj[0], columns, total, h)
-      return total, (states, None)
+      states, total, h = run(add, total)
+      return total, (states, h)
 
     if size == heads:
       total, (states, h) = some(total, (0, states))

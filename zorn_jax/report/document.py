@@ -149,11 +149,17 @@ def _verdicts(verdicts):
 
 
 def _comparison(comparison):
-  rows = comparison.rows
+  rows, valid = comparison.rows, _valid(comparison)
   letters = [_letter(i) for i in range(len(rows))]
-  blocks: list[Block] = [_ends(rows, letters, _valid(comparison))]
-  blocks += _budgets(rows, letters, _valid(comparison))
-  blocks += _pictures(comparison)
+  blocks: list[Block] = [_ends(rows, letters, valid)]
+  models: dict[str, dict[str, run_dirs.Row]] = {}
+  for letter, row in zip(letters, rows, strict=True):
+    models.setdefault(str(row.config.get("model")), {})[letter] = row
+  for some in models.values():
+    if len(models) > 1:
+      blocks.append(Text(f"Of one model: {', '.join(some)}."))
+    blocks += _budgets(some.values(), some, valid)
+    blocks += _pictures(some, comparison)
   if not all(run.complete for row in rows for run in row.runs):
     blocks.append(
       Text(
@@ -222,6 +228,7 @@ def _state(row):
 
 def _budgets(rows, letters, valid):
   """Losses at the same number of steps, of tokens and of seconds."""
+  rows = list(rows)
   if len(rows) < 2:
     return []
   budgets = {unit: run_dirs.shared_budget(rows, unit) for unit in _UNITS}
@@ -265,7 +272,8 @@ def _budgets(rows, letters, valid):
   ]
 
 
-def _pictures(comparison):
+def _pictures(rows, comparison):
+  """Curves of rows by letter."""
   if not curves.available():
     return [
       Text(
@@ -273,7 +281,10 @@ def _pictures(comparison):
         "'zorn_jax[plot]'."
       )
     ]
-  rows = comparison.rows[:_MOST_ROWS]
+  drawn_rows = rows
+  if len(rows) > _MOST_ROWS:
+    best = run_dirs.best_of_solvers(list(rows.values()))[:_MOST_ROWS]
+    drawn_rows = {x: row for x, row in rows.items() if row in best}
   blocks: list[Block] = []
   for name, words in (
     ("loss", "training loss"),
@@ -281,16 +292,17 @@ def _pictures(comparison):
   ):
     drawn = []
     for unit, axis in _AXES.items():
-      lines = _curves(rows, unit, name)
+      lines = _curves(drawn_rows, unit, name)
       if lines:
         lowest = min(y for curve in lines for _, y in curve.points)
-        near = name == "loss" and lowest < 2 * run_dirs.TARGET
+        counts = name == "loss" or run_dirs.validates_clean(comparison.task)
+        near = counts and lowest < 2 * run_dirs.TARGET
         line = run_dirs.TARGET if near else None
         svg = curves.picture(lines, axis, f"{words}, nats", line)
         drawn.append(Picture(f"{words} against {axis}", svg))
     if drawn:
       blocks.append(Pictures(tuple(drawn)))
-  ratios = _curves(rows, "step", "signal_to_noise")
+  ratios = _curves(drawn_rows, "step", "signal_to_noise")
   if ratios:
     svg = curves.picture(ratios, "steps", "signal to noise of the pairs", 1.0)
     blocks += [
@@ -302,14 +314,19 @@ def _pictures(comparison):
       ),
       Pictures((Picture("signal to noise against steps", svg),)),
     ]
-  if len(comparison.rows) > len(rows):
-    blocks.append(Text(f"The first {len(rows)} rows are drawn."))
+  if len(drawn_rows) < len(rows):
+    blocks.append(
+      Text(
+        f"Drawn are {', '.join(drawn_rows)}: of every solver, with its number "
+        "of probes, the row that ended lowest."
+      )
+    )
   return blocks
 
 
 def _curves(rows, unit, name):
   found = []
-  for index, row in enumerate(rows):
+  for index, (letter, row) in enumerate(rows.items()):
     for run in row.runs:
       points = [
         (record[unit], record[name])
@@ -317,7 +334,7 @@ def _curves(rows, unit, name):
         if unit in record and math.isfinite(record.get(name, math.nan))
       ]
       if points:
-        curve = curves.Curve(_letter(index), index, points, not run.complete)
+        curve = curves.Curve(letter, index, points, not run.complete)
         found.append(curve)
   return found
 

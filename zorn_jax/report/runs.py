@@ -293,6 +293,22 @@ def _head(config):
   return f"{solver(config)}{probes}, {config['optimizer']['name']}"
 
 
+def best_of_solvers(rows: Sequence[Row]) -> list[Row]:
+  """Of every method, with its probes and optimiser, the row that ended lowest.
+
+  By the median of its validation loss, or of the training loss without one.
+  """
+  best: dict[str, tuple[float, Row]] = {}
+  for row in rows:
+    end = over_seeds(row, lambda run: last(run, "valid_loss"))
+    end = end or over_seeds(row, lambda run: last(run, "loss"))
+    height = end.median if end else math.inf
+    head = _head(row.config)
+    if head not in best or height < best[head][0]:
+      best[head] = (height, row)
+  return [row for _, row in best.values()]
+
+
 # What a run says.
 
 
@@ -317,16 +333,20 @@ def reached(run: Run, unit: str, target: float = TARGET) -> float:
 
   That is the training loss or, where validation is on the batch of training,
   the clean one: a zero-order method's training loss is of perturbed parameters,
-  and may stay above the target although those that it has found lie below.
+  and may stay above the target although those that it has found lie below. A
+  line has the training loss before its update, and the clean one after it.
 
   Args:
-    run: Of which only logged steps are seen.
+    run: Of which only logged steps are seen. Where a line does not have the
+      unit, the next that does counts.
     unit: "step", "forward_tokens" or "seconds".
     target: In nats.
   """
   names = ["loss"] + ["valid_loss"] * validates_clean(run.config["task"])
+  met = False
   for record in run.records:
-    if unit in record and any(record.get(x, target) < target for x in names):
+    met = met or any(record.get(name, target) < target for name in names)
+    if met and unit in record:
       return record[unit]
   return math.inf
 
