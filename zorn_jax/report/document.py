@@ -158,7 +158,7 @@ def _comparison(comparison):
   for some in models.values():
     if len(models) > 1:
       blocks.append(Text(f"Of one model: {', '.join(some)}."))
-    blocks += _budgets(some.values(), some, valid)
+    blocks += _budgets(list(some.values()), some, valid)
     blocks += _pictures(some, comparison)
   if not all(run.complete for row in rows for run in row.runs):
     blocks.append(
@@ -228,7 +228,6 @@ def _state(row):
 
 def _budgets(rows, letters, valid):
   """Losses at the same number of steps, of tokens and of seconds."""
-  rows = list(rows)
   if len(rows) < 2:
     return []
   budgets = {unit: run_dirs.shared_budget(rows, unit) for unit in _UNITS}
