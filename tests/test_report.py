@@ -378,7 +378,8 @@ def test_matching_is_a_ratio_of_the_best_heldout_losses(tmp_path, ours, word):
 
 
 def test_heldout_loss_at_equal_training_loss(tmp_path):
-  # Both come to 1.0: there ours have 2.5 and BPTT 2.0 to 2.4.
+  # Both come to 1.0: ours have 2.5 there, and BPTT, whose curve passes it five
+  # sixths of the way from its first point to its second, 13/6 to 15/6.
   paths = [
     make_run(tmp_path / f"{x}{seed}", losses, valid, seed=seed, **fields)
     for seed in range(3)
@@ -388,12 +389,61 @@ def test_heldout_loss_at_equal_training_loss(tmp_path):
     )
   ]
   found = verdict("regularises", paths)
-  assert found.ours[0] == pytest.approx((0.3, 0.1, 0.5))
+  assert found.ours[0] == pytest.approx((1 / 6, 0, 1 / 3))
   assert found.word == claims.REFUTED and "loss of 1:" in found.why
   better = claims._middle([-0.1, -0.2, -0.3])
   (claim,) = [x for x in claims.CLAIMS if "regularises" in x.name]
   claim = claim._replace(read=lambda _: claims.Reading((better,), 3, ""))
   assert claims.judge(claim, evidence()).word == claims.CONFIRMED
+
+
+def test_training_losses_are_means_between_evaluations(tmp_path):
+  path = make_run(tmp_path / "a", (5.0, 3.0, 2.0, math.nan, 1.0, 1.0))
+  lines = runs.read(path).records
+  lines.insert(0, {"step": 0, "valid_loss": 9.0})  # Before anything is lost.
+  for index, value in ((2, 6.0), (4, 5.0), (6, 4.0)):
+    lines[index]["valid_loss"] = value
+  text = "".join(json.dumps(x) + "\n" for x in lines)
+  (path / "metrics.jsonl").write_text(text)
+  run = runs.read(path)
+  assert runs.pairs(run) == [(4.0, 6.0), (1.0, 4.0)]
+  levels = {5.0: 6.0, 4.0: 6.0, 2.5: 5.0, 1.0: 4.0, 0.9: None}
+  assert {x: runs.heldout_at(run, x) for x in levels} == levels
+
+
+def test_heldout_losses_stand_beside_each_other_at_equal_training_losses(
+  tmp_path,
+):
+  paths = [
+    make_run(tmp_path / f"{x}{seed}", losses, valid, seed=seed, **fields)
+    for seed in range(2)
+    for x, losses, valid, fields in (
+      ("f", (4.0, 3.0, 2.0), (5, 4.5, 4), {}),
+      ("g", (4.0, 3.5, 3.0), (5, 4.8, 4.6), {"epsilon": 0.1}),
+      ("b", (5.0, 2.5, 0.0), (6, 3.5 + seed, 3), BPTT),
+    )
+  ]
+  (comparison,) = runs.compare(runs.find(paths)[0])
+  _, table = document._levels(dict(zip("ABC", comparison.rows, strict=True)))
+  # From 4, where the second has begun, to 2, which two of the three come to.
+  assert table.head[2:] == tuple(
+    f"held-out loss at {x} nats" for x in ("3.5", "3", "2.5", "2")
+  )
+  assert [row[2:] for row in table.rows] == [
+    ("4.75", "4.5", "4.25", "4"),
+    ("4.8", "4.6", "-", "-"),
+    ("4.8 (4.5 to 5.1)", "4.4 (4 to 4.8)", "4 (3.5 to 4.5)")
+    + ("3.8 (3.4 to 4.2)",),
+  ]
+  made = document.write([comparison], [], [], "Made.")
+  (section,) = [x for x in made.sections if x.title.startswith("Task")]
+  alts = [
+    picture.alt
+    for block in section.blocks
+    if isinstance(block, document.Pictures)
+    for picture in block.pictures
+  ]
+  assert "held-out loss against training loss" in alts
 
 
 def test_interrupted_runs_decide_nothing(tmp_path):
@@ -583,7 +633,7 @@ def test_the_page_is_a_function_of_what_it_is_made_of(page):
   assert found == render.as_markdown(page, "report")
   markdown, pictures = found
   assert re.findall(r"\]\((report-\d+\.svg)\)", markdown) == list(pictures)
-  assert len(pictures) == 10  # 3 and 6 of losses, and one of noise.
+  assert len(pictures) == 11  # Of losses, and one of noise.
   for section in page.sections:
     assert f"## {section.title}" in markdown
 
@@ -712,7 +762,7 @@ def test_a_browser_shows_it(page, tmp_path, width):
   text = render.as_html(page)
   found, console = look(text, tmp_path, width)
   assert not console
-  assert found["images"] == 10 and found["broken"] == 0
+  assert found["images"] == 11 and found["broken"] == 0
   cells = sum(len(t.rows) * len(t.head) for t in tables_of(page))
   assert found["tables"] == cells and found["heads"] == len(page.sections)
   assert found["width"] <= width  # Tables scroll, the page does not.
@@ -809,6 +859,7 @@ def paper(name, folder, *args):
     ("table2", "Task: add"),
     ("smoke", "Task: random_tokens"),
     ("replication", "Task: copy"),
+    ("smoothing", "Task: language_model"),
   ],
 )
 def test_a_script_of_the_paper_runs_and_goes_on(name, known, tmp_path):
@@ -842,3 +893,5 @@ def test_a_script_of_the_paper_knows_its_arguments(tmp_path):
   assert done.stderr == (
     "error: unknown argument --size=small. Write --size=cpu, full or smoke.\n"
   )
+  done = paper("smoke", tmp_path, "--ptb=FOLDER")
+  assert done.returncode == 1 and "unknown argument --ptb. " in done.stderr

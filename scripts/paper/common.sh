@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: their arguments, and what they share.
+# Sourced by the scripts beside it: their arguments, and what they share. A script
+# sets `takes` to the names of those that are its own, given as --NAME=VALUE.
 #   --size=cpu     at most half an hour on two cores; without a GPU the default
 #   --size=full    for a GPU; the default where there is one
 #   --size=smoke   a minute or two: whether all runs, not what it finds
@@ -16,11 +17,18 @@ fail() {
 }
 
 size=
+declare -A given=()
 for arg; do
+  name=${arg%%=*}
   case $arg in
     --size=cpu | --size=full | --size=smoke) size=${arg#*=} ;;
-    --ptb=*) ptb=${arg#*=} ;;
-    *) fail "unknown argument $arg. Write --size=cpu, full or smoke." ;;
+    --size=*) fail "unknown argument $arg. Write --size=cpu, full or smoke." ;;
+    --?*=?*)
+      [[ " ${takes:-} " == *" ${name#--} "* ]] ||
+        fail "unknown argument $name. This script takes --size ${takes:-}."
+      given[${name#--}]=${arg#*=}
+      ;;
+    *) fail "unknown argument $arg. Arguments are --NAME=VALUE." ;;
   esac
 done
 if [[ -z $size ]]; then

@@ -2,7 +2,10 @@
 # Figure 1: steps until a DNC knows one batch by heart, by scale, probes and
 # solver, over one grid of learning rates for all; in full also the four logged
 # steps at scale 8. What counts is the loss without a perturbation, after a step.
-#   scripts/paper/figure1.sh [--size=cpu|full|smoke]     (see common.sh)
+#   scripts/paper/figure1.sh [--size=cpu|full|smoke] [--scales=1,2] \
+#     [--probes=8,96] [--rates=0.01,0.1]
+# (see common.sh). The last three take the place of the size's own.
+takes="scales probes rates"
 . "$(dirname "$0")/common.sh"
 scales=(1) probes=(8 96) forward=150 backward=200
 rates=0.01,0.03,0.1,0.3 seeds=0,1,2
@@ -12,6 +15,9 @@ if [[ $size == full ]]; then
 elif [[ $size == smoke ]]; then
   probes=(2) forward=2 backward=2 rates=0.01 seeds=0
 fi
+if [[ ${given[scales]:-} ]]; then IFS=, read -ra scales <<<"${given[scales]}"; fi
+if [[ ${given[probes]:-} ]]; then IFS=, read -ra probes <<<"${given[probes]}"; fi
+rates=${given[rates]:-$rates}
 grid=(--config.evaluate_every=1
   --grid=learning_rate=$rates --grid=seed=$seeds)
 

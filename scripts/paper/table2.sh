@@ -5,6 +5,7 @@
 #   scripts/paper/table2.sh [--size=cpu|full|smoke] [--ptb=FOLDER]
 # (see common.sh). At cpu batches are of 64, not 2048, and CD-RGE has the
 # authors' learning rate alone; on the text epsilon varies.
+takes=ptb
 . "$(dirname "$0")/common.sh"
 sizes=(tiny) probes=(96) rates=0.1 forward=250 backward=1000 seeds=0,1,2
 batch=(--config.batch_size=64) texts=150 tasks=(copy sort reverse add)
@@ -33,8 +34,8 @@ for name in "${tasks[@]}"; do
   done
 done
 text=(--config.evaluate_every=25 --config.log_every=25)
-if [[ -n ${ptb:-} ]]; then
-  text+=(--config.task.source="ptb:$ptb" --config.task.errors=strict)
+if [[ ${given[ptb]:-} ]]; then
+  text+=(--config.task.source="ptb:${given[ptb]}" --config.task.errors=strict)
 fi
 sweep text-adam shakespeare.py:bptt "${text[@]}" \
   --config.steps=$((2 * texts)) --grid=learning_rate=$adam "$seeds"

@@ -497,13 +497,13 @@ def heldout_at_equal_loss(evidence: Evidence) -> Reading | str:
     if not all(chosen):
       continue
     rows = [row for _, row in chosen]
-    curves = [[_curve(run) for run in row.counted] for row in rows]
-    if not all(curve for side in curves for curve in side):
+    curves = [run_dirs.pairs(run) for row in rows for run in row.counted]
+    if not all(curves):
       continue
-    level = max(min(x for x, _ in c) for side in curves for c in side)
+    level = max(min(x for x, _ in curve) for curve in curves)
     ours, theirs = (
-      _middle(next(v for x, v in c if x <= level) for c in side)
-      for side in curves
+      _middle(run_dirs.heldout_at(run, level) for run in row.counted)
+      for row in rows
     )
     gap = Middle(
       ours.median - theirs.median,
@@ -517,19 +517,8 @@ def heldout_at_equal_loss(evidence: Evidence) -> Reading | str:
     seeds = min(len(row.counted) for row in rows)
     found.append(Reading((gap,), seeds, where))
   if not found:
-    return _NO_PAIR.format("a task with held-out data") + (
-      " with both losses in one line of metrics"
-    )
+    return _NO_PAIR.format("a task with held-out data")
   return max(found, key=lambda x: x.ours[0].median)
-
-
-def _curve(run):
-  """Training and held-out loss of the steps that have both."""
-  return [
-    (r["loss"], r["valid_loss"])
-    for r in run.records
-    if {"loss", "valid_loss"} <= r.keys()
-  ]
 
 
 _TRANSDUCTION = ("copy", "reverse", "sort", "repeat_copy", "add")

@@ -159,6 +159,8 @@ def _comparison(comparison):
     if len(models) > 1:
       blocks.append(Text(f"Of one model: {', '.join(some)}."))
     blocks += _budgets(list(some.values()), some, valid)
+    if not run_dirs.validates_clean(comparison.task):
+      blocks += _levels(some)
     blocks += _pictures(some, comparison)
   if not all(run.complete for row in rows for run in row.runs):
     blocks.append(
@@ -271,6 +273,47 @@ def _budgets(rows, letters, valid):
   ]
 
 
+_LEVELS = 4  # Training losses at which held-out losses are compared.
+
+
+def _levels(rows):
+  """Held-out losses where training losses are the same."""
+  pairs = {
+    letter: [run_dirs.pairs(run) for run in row.counted]
+    for letter, row in rows.items()
+  }
+  pairs = {letter: x for letter, x in pairs.items() if all(x)}
+  if len(pairs) < 2:
+    return []
+  loss = lambda pair: pair[0]
+  lowest = [max(min(map(loss, run)) for run in x) for x in pairs.values()]
+  first = [min(run[0][0] for run in x) for x in pairs.values()]
+  # From where all have begun to what the second best comes to.
+  low, high = sorted(lowest)[1], min(first)
+  if low >= high:
+    return []
+  levels = [
+    low + (high - low) * (_LEVELS - 1 - i) / _LEVELS for i in range(_LEVELS)
+  ]
+  lines = []
+  for letter in pairs:
+    cells = [letter, rows[letter].label]
+    for level in levels:
+      at = lambda run, level=level: run_dirs.heldout_at(run, level)
+      cells.append(spread(run_dirs.over_seeds(rows[letter], at)))
+    lines.append(tuple(cells))
+  head = ["", "run", *(f"held-out loss at {figure(x)} nats" for x in levels)]
+  return [
+    Text(
+      "At an equal training loss, the mean since the evaluation before: the "
+      "held-out loss where it is first reached, to the lowest that two rows "
+      "come to. A dash: not every seed of the row does. Training losses of a "
+      "zero-order method are of perturbed parameters."
+    ),
+    Table(tuple(head), tuple(lines)),
+  ]
+
+
 def _pictures(rows, comparison):
   """Curves of rows by letter."""
   if not curves.available():
@@ -299,6 +342,11 @@ def _pictures(rows, comparison):
         line = run_dirs.TARGET if near else None
         svg = curves.picture(lines, axis, f"{words}, nats", line)
         drawn.append(Picture(f"{words} against {axis}", svg))
+    if name == "valid_loss" and not run_dirs.validates_clean(comparison.task):
+      lines = _lines(drawn_rows, run_dirs.pairs)
+      if lines:
+        svg = curves.picture(lines, "training loss, nats", f"{words}, nats")
+        drawn.append(Picture(f"{words} against training loss", svg))
     if drawn:
       blocks.append(Pictures(tuple(drawn)))
   ratios = _curves(drawn_rows, "step", "signal_to_noise")
@@ -324,18 +372,24 @@ def _pictures(rows, comparison):
 
 
 def _curves(rows, unit, name):
-  found = []
-  for index, (letter, row) in enumerate(rows.items()):
-    for run in row.runs:
-      points = [
-        (record[unit], record[name])
-        for record in run.records
-        if unit in record and math.isfinite(record.get(name, math.nan))
-      ]
-      if points:
-        curve = curves.Curve(letter, index, points, not run.complete)
-        found.append(curve)
-  return found
+  return _lines(
+    rows,
+    lambda run: [
+      (record[unit], record[name])
+      for record in run.records
+      if unit in record and math.isfinite(record.get(name, math.nan))
+    ],
+  )
+
+
+def _lines(rows, points_of):
+  """A curve for each run of the rows by letter that has points."""
+  return [
+    curves.Curve(letter, index, points, not run.complete)
+    for index, (letter, row) in enumerate(rows.items())
+    for run in row.runs
+    if (points := points_of(run))
+  ]
 
 
 # Benchmarks.

@@ -367,6 +367,39 @@ def at(run: Run, unit: str, budget: float, name: str) -> float | None:
   return found
 
 
+def pairs(run: Run) -> list[tuple[float, float]]:
+  """Training and held-out loss at every evaluation.
+
+  The training loss is the mean of those logged since the evaluation before: a
+  single one is that of a single batch.
+  """
+  found, losses = [], []
+  for record in run.records:
+    losses += [record["loss"]] if "loss" in record else []
+    if losses and "valid_loss" in record:
+      found.append((statistics.fmean(losses), record["valid_loss"]))
+      losses = []
+  return [pair for pair in found if all(map(math.isfinite, pair))]
+
+
+def heldout_at(run: Run, level: float) -> float | None:
+  """The held-out loss where the training loss first falls to a level.
+
+  Args:
+    run: Of which :func:`pairs` are joined by straight lines.
+    level: In nats. None if the run did not come so low.
+  """
+  before = None
+  for loss, heldout in pairs(run):
+    if loss <= level:
+      if before is None or loss == before[0]:
+        return heldout
+      share = (before[0] - level) / (before[0] - loss)
+      return before[1] + share * (heldout - before[1])
+    before = loss, heldout
+  return None
+
+
 def seconds_per_step(run: Run) -> float | None:
   """The median over the logged steps, the first of which were compiled."""
   points = [(r["step"], r["seconds"]) for r in run.records if "seconds" in r]
