@@ -1,6 +1,7 @@
-"""Eight CPU devices, strict broadcasting, and a cache of compiled programs."""
+"""Eight CPU devices, strict broadcasting, and little time for compilers."""
 
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -23,3 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in options.items():
       jax.config.update(name, value)
       os.environ[name.upper()] = str(value)  # For processes that tests start.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+  """Compiles fast what runs once; `optimized` modules get what users do."""
+  quick = request.node.get_closest_marker("optimized") is None
+  jax.config.update("jax_disable_most_optimizations", quick)
+  yield
+  if quick:  # Not for a module after it.
+    jax.clear_caches()

@@ -23,6 +23,8 @@ from zorn_jax import build, evaluate, journal, loggers, train as train_module
 from zorn_jax.checkpoint import Checkpoints
 from zorn_jax.train import train
 
+pytestmark = pytest.mark.optimized
+
 TIMED = ("seconds", "tokens_per_second")
 
 

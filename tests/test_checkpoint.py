@@ -20,6 +20,8 @@ from absl import logging
 
 from zorn_jax import checkpoint, control, train_state
 
+pytestmark = pytest.mark.optimized
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 

@@ -412,7 +412,7 @@ def test_short_sequences_take_fewer_chunks():
     num_probes=1,
     batch_per_probe=False,
   )
-  params = experiment.model.init(jax.random.key(0))
+  params = jax.jit(experiment.model.init)(jax.random.key(0))
 
   def query(length):
     keys = jax.random.key(1), jax.random.key(2)

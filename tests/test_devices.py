@@ -17,6 +17,8 @@ from zorn_jax.data import Feed
 from zorn_jax.step import init_state, programs
 from zorn_jax.train_state import digest
 
+pytestmark = pytest.mark.optimized
+
 SLOW = pytest.mark.slow
 SIZES = {
   "num_probes": 16,

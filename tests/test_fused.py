@@ -35,7 +35,7 @@ def scores(implementation, direction, maps, dtype=jnp.float32):
       implementation=implementation,
     )
   )
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   tokens, targets = jax.random.randint(
     jax.random.key(1), (2, 3, BATCH, LENGTH), 0, VOCAB
   )

@@ -40,7 +40,7 @@ def test_it_trains_and_resumes_from_the_command_s_loop(path, tmp_path):
 def test_its_losses_are_those_of_the_plain_module(path):
   """Directions of low rank arrive as plain arrays."""
   model = models.imported(path, {"vocab_size": 5, "hidden_size": 4})
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   direction = zorn_jax.low_rank()
   z = direction.sample(jax.random.key(1), params)
   moved = direction.perturb(params, z, 0.5)
@@ -63,7 +63,7 @@ def test_its_losses_are_those_of_the_plain_module(path):
 
 def test_nnx_computes_what_numpy_does():
   model = models.imported(NNX, {"vocab_size": 5, "hidden_size": 4})
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   assert set(params) == {
     "embed/embedding",
     "mixed/0/kernel",
@@ -106,7 +106,7 @@ def test_its_last_layer_may_be_exact(path, readout):
 
 def test_a_module_may_ask_for_the_factors():
   model = models.imported("own_models:Bigram", {"vocab_size": 5, "width": 3})
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   estimator = zorn_jax.central_difference(0.1, 8, direction=zorn_jax.low_rank())
 
   def loss(params, tokens):

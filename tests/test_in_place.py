@@ -16,6 +16,8 @@ from zorn_jax.estimators import stencil
 from zorn_jax.step import programs
 from zorn_jax.train_state import digest
 
+pytestmark = pytest.mark.optimized
+
 PAPER = small.ROOT / "configs" / "paper" / "lstm.py"
 TILE = 512
 

@@ -26,9 +26,10 @@ CASES = [
   *itertools.product([850], ["bfloat16"], ["", "dense", "low rank"]),
 ]
 
-pytestmark = pytest.mark.skipif(
-  jax.default_backend() != "gpu", reason="there is no GPU"
-)
+pytestmark = [
+  pytest.mark.optimized,
+  pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
+]
 
 
 def measure(case):

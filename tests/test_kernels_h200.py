@@ -22,6 +22,8 @@ import pytest
 from zorn_jax import kernels
 from zorn_jax.kernels import lstm_triton
 
+pytestmark = pytest.mark.optimized
+
 WIDTHS = (20, 50, 150, 300, 512, 850, 1000)  # Of the paper's heads.
 OTHERS = (64, 100, 128, 160, 320)
 SHARED_LIMIT = 232448  # Bytes a block, on H100 and H200.

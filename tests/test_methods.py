@@ -32,7 +32,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def params(experiment):
-  params = experiment.model.init(jax.random.key(0))
+  params = jax.jit(experiment.model.init)(jax.random.key(0))
   # Large enough that a state is remembered.
   return jax.tree.map(lambda x: 2 * x + 0.1, params)
 
@@ -162,7 +162,7 @@ def test_unrolls_read_on_where_the_last_one_stopped(text):
   experiment = streaming(text, epsilon=1e-6)
   model, task, method = experiment.model, experiment.task, experiment.method
   data = jnp.asarray(task.data)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   state = method.init(params)
   step_of = jax.jit(
     lambda state, step: method.query(params, state, data, now(task, step, 1e-6))
@@ -224,7 +224,7 @@ def test_the_readout_is_exact_and_the_rest_estimated():
   method = build.experiment(config).method
   plain = build.experiment(small.config()).method
   experiment = build.experiment(config)
-  params = experiment.model.init(jax.random.key(0))
+  params = jax.jit(experiment.model.init)(jax.random.key(0))
 
   def run(method):
     this = now(experiment.task, epsilon=0.01)

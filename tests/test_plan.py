@@ -22,6 +22,8 @@ from zorn_jax.plan import (
 )
 from zorn_jax.step import programs
 
+pytestmark = pytest.mark.optimized
+
 DNC = small.ROOT / "configs" / "paper" / "dnc.py"
 LSTM = small.ROOT / "configs" / "paper" / "lstm.py"
 # reference: arXiv:2505.17852, and the printed counts of its authors' runs.

@@ -25,7 +25,7 @@ def build(cell="lstm", vocab=11, **options):
     "initial_state": "trainable",
   } | options
   model = models.from_linen(models.Recurrent(cell, **options))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
   noisy = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype)
   return model, jax.tree.map(noisy, params)
@@ -89,7 +89,8 @@ def one_by_one(model, move, params, tokens, targets, own_data=False):
   """The same from whole logits of formed parameters, in a loop."""
 
   @jax.jit
-  def member(moved, tokens, targets):
+  def member(key, scale, tokens, targets):
+    moved = perturbed.materialize(move(params, key, scale))
     carry = model.initial_carry(moved, tokens.shape[0])
     carry, logits = model.apply(moved, carry, tokens)
     log_probs = jax.nn.log_softmax(logits)
@@ -99,9 +100,8 @@ def one_by_one(model, move, params, tokens, targets, own_data=False):
   results = []
   for i, key in enumerate(jax.random.split(jax.random.key(5), PROBES)):
     for scale in (0.1, -0.1):
-      moved = perturbed.materialize(move(params, key, scale))
       data = (tokens[i], targets[i]) if own_data else (tokens, targets)
-      results.append(member(moved, *data))
+      results.append(member(key, scale, *data))
   stack = lambda *x: jnp.stack(x).reshape(PROBES, 2, *x[0].shape)
   return jax.tree.map(stack, *results)
 

@@ -16,6 +16,8 @@ from zorn_jax import build, memory, plan, probe_batch, probe_map, train
 from zorn_jax.step import programs
 from zorn_jax.train_state import digest
 
+pytestmark = pytest.mark.optimized
+
 LSTM = small.ROOT / "configs" / "paper" / "lstm.py"
 LOW_RANK = {"name": "low_rank", "rank": 1, "base": "rademacher"}
 

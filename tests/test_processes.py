@@ -18,6 +18,8 @@ import small
 
 from zorn_jax import processes
 
+pytestmark = pytest.mark.optimized
+
 SLOW = pytest.mark.slow
 MODULE = pathlib.Path(processes.__file__)
 # Only the first of several processes writes compiled programs to a cache: later

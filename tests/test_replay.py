@@ -22,6 +22,8 @@ from zorn_jax.train import restore_params, train
 from zorn_jax.train_state import digest
 from zorn_jax.workdir import fingerprint
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):

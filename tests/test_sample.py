@@ -60,7 +60,7 @@ def lstm(vocab, seed):
     "lstm", vocab_size=vocab, embedding_size=4, hidden_size=8, num_heads=2
   )
   model = models.from_linen(module)
-  return model, model.init(jax.random.key(seed))
+  return model, jax.jit(model.init)(jax.random.key(seed))
 
 
 def remembering(vocab):

@@ -13,6 +13,8 @@ from zorn_jax.methods import Now
 from zorn_jax.step import init_state, programs, train_step
 from zorn_jax.train_state import digest
 
+pytestmark = pytest.mark.optimized
+
 SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
 
 

@@ -497,7 +497,7 @@ def method_run(row, model, task, data, unrolls, steps, **options):
   method = methods.streaming(
     model, task, make, num_probes=probes, unrolls=unrolls
   )
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
 
   @jax.jit
   def step(state, index):
@@ -545,7 +545,7 @@ def test_a_loss_that_is_not_finite_is_dropped_wherever_it_is():
 def test_a_part_s_loss_is_the_mean_of_what_it_scores():
   task = tasks.copy(2, 3, 1, num_evaluation=1)
   model = toy_model(len(task.vocabulary))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   nowhere = directions.Direction(
     sample=lambda key, params: (),
     perturb=lambda params, z, scale: params,
