@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from zorn_jax import kernels
-from zorn_jax.kernels import lstm_triton
+from zorn_jax.kernels import lstm_configs
 
 pytestmark = pytest.mark.optimized
 
@@ -86,7 +86,7 @@ def config_of(case: Case) -> kernels.Config:
     return case.config
   dense = case.perturbation == "dense"
   dtype = jnp.dtype(case.dtype)
-  return lstm_triton.choose(case.width, case.batch, dtype, dense)[0]
+  return lstm_configs.choose(case.width, case.batch, dtype, dense)[0]
 
 
 def compiled(case: Case, options=None, transform=lambda f: f):
@@ -178,7 +178,7 @@ def test_too_large_tiles_are_noticed():
 def test_every_candidate_of_the_tuner_fits():
   for width in (50, 150):
     dtype = jnp.dtype("bfloat16")
-    for config in lstm_triton.choose(width, 1024, dtype, False):
+    for config in lstm_configs.choose(width, 1024, dtype, False):
       case = Case(width, "bfloat16", "low rank", config=config, looked_up=True)
       assert figures(case).shared <= SHARED_LIMIT
 

@@ -2,7 +2,7 @@
 
 from zorn_jax.kernels.arguments import Dense, Lookup, LowRank
 from zorn_jax.kernels.lstm import IMPLEMENTATIONS, chosen, lstm, say, tune
-from zorn_jax.kernels.lstm_triton import Config
+from zorn_jax.kernels.lstm_configs import Config
 
 __all__ = [
   "IMPLEMENTATIONS",

@@ -12,7 +12,7 @@ import warnings
 import jax
 from absl import logging
 
-from zorn_jax.kernels import lstm_triton, lstm_xla
+from zorn_jax.kernels import lstm_configs, lstm_triton, lstm_xla
 from zorn_jax.kernels.arguments import (
   Arguments,
   Dense,
@@ -20,7 +20,7 @@ from zorn_jax.kernels.arguments import (
   LowRank,
   check,
 )
-from zorn_jax.kernels.lstm_triton import Config
+from zorn_jax.kernels.lstm_configs import Config
 
 OUTPUTS = ("all", "last", "none")
 IMPLEMENTATIONS = (None, "xla", "triton")
@@ -110,9 +110,9 @@ def _run_triton(args, keep, config, interpret, implementation):
       RuntimeWarning,
       stacklevel=3,
     )
-  config = config or _TUNED.get(_key(args)) or lstm_triton.config_of(args)
+  config = config or _TUNED.get(_key(args)) or lstm_configs.config_of(args)
   _check_config(config)
-  programs = lstm_triton.programs(args, config)
+  programs = lstm_configs.programs(args, config)
   if implementation is None and not config.resident and programs < _FEW:
     say(f"LSTM by XLA, because {programs} programs would not fill a GPU")
     return lstm_xla.run(args, keep)
@@ -199,7 +199,7 @@ def _key(args: Arguments) -> tuple:
   return (
     jax.devices()[0].device_kind,
     head,
-    batch <= lstm_triton.FEW_ROWS,
+    batch <= lstm_configs.FEW_ROWS,
     args.r.dtype.name,
     type(given).__name__,
     _rank(args),
@@ -239,7 +239,7 @@ def tune(
   """
   args = check(x_proj, r, b, carry, perturbation)
   if candidates is None:
-    candidates = tuple(lstm_triton.candidates(args))
+    candidates = tuple(lstm_configs.candidates(args))
   given = (x_proj, r, b, carry, perturbation)
 
   def compiled(candidate):
