@@ -139,6 +139,9 @@ def test_evaluate_runs_free(uninterrupted):
   assert result == scores
   assert 0 < accuracy < 1
   assert exact == scores["sequence_accuracy"]
+  done = small.run(*command, "--split=train")
+  assert done.returncode == 1
+  assert "no split 'train': it draws its training data" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def make_run(path, losses=LOSSES, valid=None, pace=1.0, **fields):
       record = {"step": step, "loss": loss, "forward_tokens": 100 * step}
       record["seconds"] = pace * step + 5
       if valid:
-        record |= {"valid_loss": valid[i], "signal_to_noise": 1.0 + i}
+        record |= {"valid_loss": valid[i], "train_loss": loss}
+        record["signal_to_noise"] = 1.0 + i
       file.write(json.dumps(record) + "\n")
   return path
 
@@ -397,15 +398,13 @@ def test_heldout_loss_at_equal_training_loss(tmp_path):
   assert claims.judge(claim, evidence()).word == claims.CONFIRMED
 
 
-def test_training_losses_are_means_between_evaluations(tmp_path):
-  path = make_run(tmp_path / "a", (5.0, 3.0, 2.0, math.nan, 1.0, 1.0))
-  lines = runs.read(path).records
-  lines.insert(0, {"step": 0, "valid_loss": 9.0})  # Before anything is lost.
-  for index, value in ((2, 6.0), (4, 5.0), (6, 4.0)):
-    lines[index]["valid_loss"] = value
-  text = "".join(json.dumps(x) + "\n" for x in lines)
-  (path / "metrics.jsonl").write_text(text)
-  run = runs.read(path)
+def test_heldout_loss_is_read_where_the_training_loss_falls_to_a_level(
+  tmp_path,
+):
+  run = runs.read(make_run(tmp_path / "a", (9.0, 9.0, 9.0, 9.0)))
+  losses = ((4.0, 6.0), (math.nan, 5.0), (1.0, 4.0))
+  for record, (train, valid) in zip(run.records[1:], losses, strict=True):
+    record |= {"train_loss": train, "valid_loss": valid}
   assert runs.pairs(run) == [(4.0, 6.0), (1.0, 4.0)]
   levels = {5.0: 6.0, 4.0: 6.0, 2.5: 5.0, 1.0: 4.0, 0.9: None}
   assert {x: runs.heldout_at(run, x) for x in levels} == levels

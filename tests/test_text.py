@@ -22,7 +22,7 @@ import pytest
 import small
 from absl import logging as absl_logging
 
-from zorn_jax import metrics, tasks
+from zorn_jax import build, evaluate, loggers, metrics, tasks
 from zorn_jax.methods import Now, sample_batches
 from zorn_jax.models import Model
 from zorn_jax.tasks import (
@@ -31,6 +31,7 @@ from zorn_jax.tasks import (
   tokenizers,
   vocabulary as vocabularies,
 )
+from zorn_jax.train import restore_params, train
 
 LARGE = 50.0  # A logit that leaves e⁻⁵⁰ for all other tokens.
 
@@ -163,6 +164,51 @@ def test_a_split_reads_its_own_text(split):
   data, *_ = task.splits[split]()
   assert task.vocabulary.decode(data) == getattr(corpus, split)
   assert task.vocabulary.decode(task.data) == corpus.train
+
+
+# Of 199 predictions four parts of 49, of which each is read for a quarter of 40
+# tokens; and all of 29, which are fewer.
+@pytest.mark.parametrize(
+  ("train", "starts", "each"),
+  [(200, (0, 49, 98, 147), 10), (30, (0, 8, 16), 8)],
+)
+def test_as_much_of_the_training_text_is_read(train, starts, each):
+  corpus = corpus_of(train, valid=41)
+  task = model_text(corpus, 2, 16, 8, evaluation_rows=4)
+  data, batch, num_chunks = task.splits["train"]()
+  seen = chunks(task, data, batch, num_chunks)
+  assert seen.weights.sum() == min(train - 1, 40)
+  for row, start in enumerate(starts):
+    counted = seen.weights[row] > 0
+    expected = corpus.train[start : start + each + 1]
+    decoded = task.vocabulary.decode
+    assert decoded(seen.inputs[row, counted]) == expected[:-1]
+    assert decoded(seen.targets[row, counted]) == expected[1:]
+
+
+def test_a_run_logs_the_losses_on_both_texts(tmp_path):
+  (tmp_path / "text.txt").write_text(corpus_of(2000).train)
+  overrides = {
+    "task__source": str(tmp_path / "text.txt"),
+    "task__seq_length": 8,
+    "task__evaluation_rows": 4,
+    "model__embedding_size": 4,
+    "model__hidden_size": 4,
+    "batch_size": 2,
+    "steps": 3,
+    "optimizer__warmup_steps": 0,
+  }
+  path = small.ROOT / "configs" / "shakespeare.py"
+  config = small.config(path, "bptt", **overrides)
+  experiment, workdir = build.experiment(config), tmp_path / "run"
+  assert train(experiment, workdir, config.to_dict())
+  (line,) = loggers.read_jsonl(workdir / loggers.JSONL_NAME)
+  params, _ = restore_params(experiment, workdir)
+  score = evaluate.evaluator(experiment.model, experiment.task)
+  for split in ("train", "valid"):
+    for name, value in score(params, experiment.task.splits[split]()).items():
+      assert line[f"{split}_{name}"] == pytest.approx(value, rel=1e-6)
+  assert 0 <= line["valid_tokens"] - line["train_tokens"] < 4  # Rows.
 
 
 def test_text_is_solved_by_an_oracle_and_not_by_an_echo():

@@ -94,7 +94,8 @@ def train(
   data = jax.eval_shape(lambda: experiment.task.data)
   passed = jax.eval_shape(partial(passes, experiment), parts.template, data)
   jax.eval_shape(partial(update, experiment), parts.template, *passed)
-  valid = experiment.task.splits["valid"]()
+  made = experiment.task.splits
+  splits = {name: made[name]() for name in ("valid", "train") if name in made}
   processes.agree({"the text of the task": experiment.task.fingerprint})
   first = processes.is_first()
   with contextlib.ExitStack() as stack, _stop_on_signal() as stopped:
@@ -157,7 +158,7 @@ def train(
       logs,
       stopped,
       feed,
-      feed.put(valid),
+      {name: feed.put(split) for name, split in splits.items()},
       seconds,
     )
     step = _loop(run, state, step, saved, ranks)
@@ -252,7 +253,7 @@ class _Run(NamedTuple):
   logs: list[loggers.Logger]
   stopped: Callable[[int], bool]
   feed: Feed
-  valid: Split
+  splits: dict[str, Split]  # On which the loop evaluates.
   seconds: float  # Time that earlier processes spent on this run.
 
 
@@ -305,8 +306,9 @@ def _loop(run, state, step, saved, ranks):
         values["signal_to_noise"] = float(ratio)
       values |= meter.read(state, step)
     if due(experiment.evaluate_every):
-      scores = score(state.params, run.valid)
-      values |= {f"valid_{name}": x for name, x in scores.items()}
+      for split, held in run.splits.items():
+        scores = score(state.params, held)
+        values |= {f"{split}_{name}": x for name, x in scores.items()}
     if values:
       for logger in run.logs:
         logger.log(step, values)

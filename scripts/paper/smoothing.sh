@@ -32,10 +32,10 @@ train = texts.pop("train")[: 16 * 64 + 1]
 (folder / "train.txt").write_text(train)
 for name, text in texts.items():
   known = "".join(letter for letter in text if letter in train)
-  (folder / f"{name}.txt").write_text(known[:8192])
+  (folder / f"{name}.txt").write_text(known[:2048])
 END
 load=(--config.task.source="$work/passage" --config.batch_size=8
-  --config.evaluate_every=10 --config.log_every=1 --grid=seed=$seeds)
+  --config.task.evaluation_rows=16 --config.evaluate_every=10 --grid=seed=$seeds)
 sweep adam shakespeare.py:bptt "${load[@]}" \
   --config.steps=$backward --grid=learning_rate=$adam
 sweep cd_rge shakespeare.py:pure "${load[@]}" --config.steps=$forward \

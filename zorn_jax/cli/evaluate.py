@@ -14,7 +14,12 @@ from zorn_jax.train import restore_params
 from zorn_jax.train_state import digest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["valid", "test"], "What to read.")
+_SPLIT = flags.DEFINE_enum(
+  "split",
+  "test",
+  ["train", "valid", "test"],
+  "What to read; train of texts alone, as much as valid has.",
+)
 _BEST = flags.DEFINE_bool("best", False, "The best checkpoint, not the newest.")
 _FREE_RUNNING = flags.DEFINE_bool(
   "free_running", False, "Also lets the model read its own answers."
@@ -28,6 +33,11 @@ def main(argv) -> int:
   experiment = build.load(workdir)
   model, task = experiment.model, experiment.task
   params, step = restore_params(experiment, workdir, best=_BEST.value)
+  if _SPLIT.value not in task.splits:
+    raise ValueError(
+      f"the task has no split {_SPLIT.value!r}: it draws its training data. "
+      f"Choose one of {', '.join(task.splits)}."
+    )
   split = task.splits[_SPLIT.value]()
   free = {}
   if _FREE_RUNNING.value:  # First, because it may be refused.

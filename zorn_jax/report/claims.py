@@ -486,8 +486,8 @@ def _lowest(rows):
 def heldout_at_equal_loss(evidence: Evidence) -> Reading | str:
   """Held-out loss of CD-RGE less BPTT's, where both train to the same loss.
 
-  That loss is the lowest that all seeds of both came to; CD-RGE's is the mean
-  of its perturbed losses. The least favourable of the models.
+  Both without a perturbation, where the training loss is the lowest that all
+  seeds of both came to. The least favourable of the models.
   """
   found = []
   for comparison, forward, backward in _sides(
@@ -517,7 +517,9 @@ def heldout_at_equal_loss(evidence: Evidence) -> Reading | str:
     seeds = min(len(row.counted) for row in rows)
     found.append(Reading((gap,), seeds, where))
   if not found:
-    return _NO_PAIR.format("a task with held-out data")
+    return _NO_PAIR.format("a task with held-out data") + (
+      " with the clean training loss in their metrics"
+    )
   return max(found, key=lambda x: x.ours[0].median)
 
 

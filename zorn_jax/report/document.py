@@ -159,8 +159,7 @@ def _comparison(comparison):
     if len(models) > 1:
       blocks.append(Text(f"Of one model: {', '.join(some)}."))
     blocks += _budgets(list(some.values()), some, valid)
-    if not run_dirs.validates_clean(comparison.task):
-      blocks += _levels(some)
+    blocks += _levels(some)
     blocks += _pictures(some, comparison)
   if not all(run.complete for row in rows for run in row.runs):
     blocks.append(
@@ -305,10 +304,9 @@ def _levels(rows):
   head = ["", "run", *(f"held-out loss at {figure(x)} nats" for x in levels)]
   return [
     Text(
-      "At an equal training loss, the mean since the evaluation before: the "
-      "held-out loss where it is first reached, to the lowest that two rows "
-      "come to. A dash: not every seed of the row does. Training losses of a "
-      "zero-order method are of perturbed parameters."
+      "At an equal training loss: the held-out loss where the training loss, "
+      "both without a perturbation, is first so low, to the lowest that two "
+      "rows come to. A dash: not every seed of the row does."
     ),
     Table(tuple(head), tuple(lines)),
   ]
@@ -342,7 +340,7 @@ def _pictures(rows, comparison):
         line = run_dirs.TARGET if near else None
         svg = curves.picture(lines, axis, f"{words}, nats", line)
         drawn.append(Picture(f"{words} against {axis}", svg))
-    if name == "valid_loss" and not run_dirs.validates_clean(comparison.task):
+    if name == "valid_loss":
       lines = _lines(drawn_rows, run_dirs.pairs)
       if lines:
         svg = curves.picture(lines, "training loss, nats", f"{words}, nats")

@@ -368,17 +368,16 @@ def at(run: Run, unit: str, budget: float, name: str) -> float | None:
 
 
 def pairs(run: Run) -> list[tuple[float, float]]:
-  """Training and held-out loss at every evaluation.
+  """Training and held-out loss at every evaluation that has both.
 
-  The training loss is the mean of those logged since the evaluation before: a
-  single one is that of a single batch.
+  Both are of the parameters as they are: a zero-order method's losses in
+  training are of perturbed ones, and the smoothed loss is another function.
   """
-  found, losses = [], []
-  for record in run.records:
-    losses += [record["loss"]] if "loss" in record else []
-    if losses and "valid_loss" in record:
-      found.append((statistics.fmean(losses), record["valid_loss"]))
-      losses = []
+  found = [
+    (record["train_loss"], record["valid_loss"])
+    for record in run.records
+    if {"train_loss", "valid_loss"} <= record.keys()
+  ]
   return [pair for pair in found if all(map(math.isfinite, pair))]
 
 

@@ -45,7 +45,8 @@ def language_model(
   """Predicts every next token in windows of the corpus.
 
   A split is read as `evaluation_rows` long streams, in which every token but
-  the first of its text is predicted once.
+  the first of its text is predicted once. Of the training text, as many as of
+  the validation text.
 
   Of a training text of more than `resident_tokens` tokens the device holds a
   pool of long segments from random places, another one after every
@@ -131,7 +132,10 @@ def language_model(
     return Chunk(ids[:, :-1], ids[:, 1:], weights.astype(jnp.float32))
 
   def split(name):
-    data, windows = _streams(tokens[name], evaluation_rows, evaluation_tokens)
+    most = evaluation_tokens
+    if name == "train":
+      most = min(most or _MOST_TOKENS, len(tokens["valid"]) - 1)
+    data, windows = _streams(tokens[name], evaluation_rows, most)
     longest = int(np.max(windows.stop - windows.start))
     return Split(data, windows, -(-longest // time_chunk))
 
@@ -148,7 +152,7 @@ def language_model(
     max_length=seq_length,
     num_chunks=lambda length: -(-length // time_chunk),
     tokens_per_batch=lambda length: batch_size * length,
-    splits={name: lambda name=name: split(name) for name in ("valid", "test")},
+    splits={name: lambda name=name: split(name) for name in tokens},
     refresh=refresh if pooled else None,
     refresh_every=refresh_every if pooled else 0,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),

@@ -73,7 +73,8 @@ class Task(NamedTuple):
     num_chunks: (length) -> number of chunks that hold every sequence of at most
       that length.
     tokens_per_batch: (length) -> predictions in a batch, at most.
-    splits: "valid" and "test", each made when it is called.
+    splits: "valid" and "test", and "train" where that is another, each made
+      when it is called.
     min_length: Shortest `draw.length`.
     refresh: (part) -> the data of its steps, a function of its number alone,
       where they do not all fit on the device; `data` is part 0.
