@@ -4,7 +4,7 @@
 # the loss on a passage of another play where both have the same training loss.
 #   scripts/paper/smoothing.sh [--size=cpu|full|smoke]     (see common.sh)
 . "$(dirname "$0")/common.sh"
-probes=96 forward=1000 backward=200 seeds=0,1,2
+probes=96 forward=1000 backward=600 seeds=0,1,2
 epsilons=0.01,0.1,0.2 rates=0.02 adam=0.003,0.01
 if [[ $size == full ]]; then
   forward=4000 backward=1000 epsilons=0.001,0.01,0.03,0.1,0.2,0.3
