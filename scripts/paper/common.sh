@@ -21,8 +21,11 @@ declare -A given=()
 for arg; do
   name=${arg%%=*}
   case $arg in
-    --size=cpu | --size=full | --size=smoke) size=${arg#*=} ;;
-    --size=*) fail "unknown argument $arg. Write --size=cpu, full or smoke." ;;
+    --size=*)
+      size=${arg#*=}
+      [[ $size =~ ^(cpu|full|smoke)$ ]] ||
+        fail "unknown argument $arg. Write --size=cpu, full or smoke."
+      ;;
     --?*=?*)
       [[ " ${takes:-} " == *" ${name#--} "* ]] ||
         fail "unknown argument $name. This script takes --size ${takes:-}."

@@ -158,7 +158,7 @@ def _comparison(comparison):
   for some in models.values():
     if len(models) > 1:
       blocks.append(Text(f"Of one model: {', '.join(some)}."))
-    blocks += _budgets(list(some.values()), some, valid)
+    blocks += _budgets(some, valid)
     blocks += _levels(some)
     blocks += _pictures(some, comparison)
   if not all(run.complete for row in rows for run in row.runs):
@@ -227,15 +227,17 @@ def _state(row):
   return f"complete; {INTERRUPTED}: seed " + ", ".join(str(x.seed) for x in cut)
 
 
-def _budgets(rows, letters, valid):
+def _budgets(rows, valid):
   """Losses at the same number of steps, of tokens and of seconds."""
   if len(rows) < 2:
     return []
-  budgets = {unit: run_dirs.shared_budget(rows, unit) for unit in _UNITS}
+  budgets = {
+    unit: run_dirs.shared_budget(list(rows.values()), unit) for unit in _UNITS
+  }
   budgets = {unit: x for unit, x in budgets.items() if x is not None}
   has_validation = all(
     run_dirs.last(run, "valid_loss") is not None
-    for row in rows
+    for row in rows.values()
     for run in row.counted
   )
   names = {"loss": "loss"}
@@ -248,7 +250,7 @@ def _budgets(rows, letters, valid):
     for word in names.values()
   ]
   lines = []
-  for row, letter in zip(rows, letters, strict=True):
+  for letter, row in rows.items():
     cells = [letter, row.label]
     for unit, budget in budgets.items():
       for name in names:

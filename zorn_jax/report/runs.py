@@ -391,7 +391,7 @@ def heldout_at(run: Run, level: float) -> float | None:
   before = None
   for loss, heldout in pairs(run):
     if loss <= level:
-      if before is None or loss == before[0]:
+      if before is None:
         return heldout
       share = (before[0] - level) / (before[0] - loss)
       return before[1] + share * (heldout - before[1])
