@@ -3,11 +3,12 @@
 # solver, over one grid of learning rates for all; in full also the four logged
 # steps at scale 8. What counts is the loss without a perturbation, after a step.
 #   scripts/paper/figure1.sh [--size=cpu|full|smoke] [--scales=1,2] \
-#     [--probes=8,96] [--rates=0.01,0.1]
-# (see common.sh). The last three take the place of the size's own.
-takes="scales probes rates"
+#     [--solvers=cd_rge,spsa1_5] [--probes=8,96] [--rates=0.01,0.1] [--steps=150]
+# (see common.sh). The last five take the place of the size's own; solvers and
+# steps are those of forward passes alone, beside which BPTT always runs.
+takes="scales solvers probes rates steps"
 . "$(dirname "$0")/common.sh"
-scales=(1) probes=(8 96) forward=150 backward=200
+scales=(1) solvers=(cd_rge spsa1_5) probes=(8 96) forward=150 backward=200
 rates=0.01,0.03,0.1,0.3 seeds=0,1,2
 if [[ $size == full ]]; then
   scales=(1 2 4 8) probes=(8 96 512) forward=500 backward=1000
@@ -15,9 +16,12 @@ if [[ $size == full ]]; then
 elif [[ $size == smoke ]]; then
   probes=(2) forward=2 backward=2 rates=0.01 seeds=0
 fi
-if [[ ${given[scales]:-} ]]; then IFS=, read -ra scales <<<"${given[scales]}"; fi
-if [[ ${given[probes]:-} ]]; then IFS=, read -ra probes <<<"${given[probes]}"; fi
-rates=${given[rates]:-$rates}
+for name in scales solvers probes; do
+  if [[ ${given[$name]:-} ]]; then
+    IFS=, read -ra "$name" <<<"${given[$name]}"
+  fi
+done
+rates=${given[rates]:-$rates} forward=${given[steps]:-$forward}
 grid=(--config.evaluate_every=1
   --grid=learning_rate=$rates --grid=seed=$seeds)
 
@@ -26,7 +30,7 @@ for scale in "${scales[@]}"; do
     sweep "$solver-$scale" "paper/dnc.py:scale=$scale,solver=$solver" \
       --config.steps=$backward "${grid[@]}"
   done
-  for solver in cd_rge spsa1_5; do
+  for solver in "${solvers[@]}"; do
     for n in "${probes[@]}"; do
       sweep "$solver-$scale-$n" \
         "paper/dnc.py:scale=$scale,solver=$solver,probes=$n" \
@@ -34,7 +38,7 @@ for scale in "${scales[@]}"; do
     done
   done
 done
-if [[ $size == full ]]; then
+if [[ $size == full && ${#given[@]} == 0 ]]; then  # The whole figure.
   sweep log paper/dnc.py --config.steps=4 --grid=seed=$seeds
   sweep log-sgd paper/dnc.py:solver=sgd --config.steps=4 \
     --config.learning_rate=0.001 --grid=seed=$seeds
