@@ -14,7 +14,15 @@ import pytest
 import small
 
 from zorn_jax import build, diagnostics, journal, workdir
-from zorn_jax.report import benches, claims, curves, document, render, runs
+from zorn_jax.report import (
+  benches,
+  claims,
+  curves,
+  document,
+  readings,
+  render,
+  runs,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -63,7 +71,9 @@ def rows_of(*paths):
 
 def evidence(paths=(), files=()):
   found = runs.find(paths)[0]
-  return claims.Evidence(runs.compare(found), [benches.read(x) for x in files])
+  return readings.Evidence(
+    runs.compare(found), [benches.read(x) for x in files]
+  )
 
 
 def verdict(name, *args):
@@ -392,9 +402,9 @@ def test_heldout_loss_at_equal_training_loss(tmp_path):
   found = verdict("regularises", paths)
   assert found.ours[0] == pytest.approx((1 / 6, 0, 1 / 3))
   assert found.word == claims.REFUTED and "loss of 1:" in found.why
-  better = claims._middle([-0.1, -0.2, -0.3])
+  better = readings.middle([-0.1, -0.2, -0.3])
   (claim,) = [x for x in claims.CLAIMS if "regularises" in x.name]
-  claim = claim._replace(read=lambda _: claims.Reading((better,), 3, ""))
+  claim = claim._replace(read=lambda _: readings.Reading((better,), 3, ""))
   assert claims.judge(claim, evidence()).word == claims.CONFIRMED
 
 
@@ -474,13 +484,13 @@ def test_the_first_losses_of_the_log(tmp_path):
   for shift, word in ((0.14, claims.CONFIRMED), (0.16, claims.REFUTED)):
     # Only the median counts: the others are far away.
     losses = np.stack([theirs - 9, theirs + shift, theirs + 9], axis=1)
-    paths = dnc(tmp_path / word, losses, **claims._DNC_FORWARD)
+    paths = dnc(tmp_path / word, losses, **readings.DNC_FORWARD)
     found = verdict("first losses", paths)
     assert found.word == word and len(found.ours) == 4
     assert found.ours[1].low == pytest.approx(4.759 - 9)
   seconds = verdict("seconds a step of that DNC", paths)
   assert seconds.word == claims.UNTESTED and seconds.ours[0].median == 1
-  other = claims._DNC_FORWARD | {"num_probes": 96}
+  other = readings.DNC_FORWARD | {"num_probes": 96}
   paths = dnc(tmp_path / "other", losses, **other)
   assert verdict("first losses", paths).ours == ()
 
@@ -489,13 +499,13 @@ def test_the_slope_of_back_propagation(tmp_path):
   logged = np.array([5.484, 5.416, 5.349, 5.282])
   losses = np.stack([logged, logged + 1, logged + 2], axis=1)
   found = verdict(
-    "a step of BPTT", dnc(tmp_path / "a", losses, **claims._DNC_BACKWARD)
+    "a step of BPTT", dnc(tmp_path / "a", losses, **readings.DNC_BACKWARD)
   )
   assert found.ours[0].median == pytest.approx(-0.0673, abs=1e-4)
   assert found.word == claims.CONFIRMED
   flat = np.full((4, 3), 5.0)
   found = verdict(
-    "a step of BPTT", dnc(tmp_path / "b", flat, **claims._DNC_BACKWARD)
+    "a step of BPTT", dnc(tmp_path / "b", flat, **readings.DNC_BACKWARD)
   )
   assert found.word == claims.REFUTED
 
@@ -590,7 +600,7 @@ def page_of(paths, files=(), made_by="Made by hand."):
   found, idle = runs.find(paths)
   comparisons = runs.compare(found)
   measured = [benches.read(x) for x in files]
-  verdicts = claims.judge_all(claims.Evidence(comparisons, measured))
+  verdicts = claims.judge_all(readings.Evidence(comparisons, measured))
   return document.write(comparisons, measured, verdicts, made_by, idle)
 
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from absl import flags
 
 from zorn_jax.cli import _run
-from zorn_jax.report import benches, claims, document, render, runs
+from zorn_jax.report import benches, claims, document, readings, render, runs
 
 _WORKDIRS = flags.DEFINE_multi_string(
   "workdir", [], "Directories of runs or sweeps; may be repeated."
@@ -45,7 +45,7 @@ def main(argv) -> int:
   found, idle = runs.find(paths)
   comparisons = runs.compare(found, _COMPARE.value)
   measured = [benches.read(path) for path in _paths(_BENCHES.value)]
-  verdicts = claims.judge_all(claims.Evidence(comparisons, measured))
+  verdicts = claims.judge_all(readings.Evidence(comparisons, measured))
   page = document.write(comparisons, measured, verdicts, _made_by(), idle)
   for file in render.save(page, output):
     print(file)
