@@ -196,6 +196,31 @@ def test_a_batch_is_known_by_its_clean_loss(tmp_path, name, step):
     assert runs.reached(row.runs[0], unit) == value
 
 
+def test_a_passage_is_known_by_its_clean_loss(tmp_path):
+  task = CONFIG["task"] | {"name": "language_model", "one_batch": True}
+  path = make_run(tmp_path / "a", (3.0, 2.0, 1.0), (4, 4, 4), task=task)
+  run = runs.read(path)
+  run.records[1]["train_loss"] = 0.05
+  assert runs.reached(run, "step") == 20
+
+
+def test_an_equal_cost_is_one_at_which_all_were_evaluated(tmp_path):
+  late = make_run(tmp_path / "a", valid=(4, 3, 2))
+  file = late / "metrics.jsonl"
+  metrics = [json.loads(x) for x in file.read_text().splitlines()]
+  del metrics[0]["valid_loss"]  # First at step 20.
+  lines = "".join(json.dumps(x) + "\n" for x in metrics)
+  file.write_text(lines)
+  early = make_run(tmp_path / "b", (3.0,), (5,), steps=10, **BPTT)
+  rows = rows_of(late, early)
+  assert runs.shared_budget(rows, "step", "loss") == 10
+  assert runs.shared_budget(rows, "step", "valid_loss") == 20
+  assert runs.shared_budget(rows, "step", "none") is None
+  _, table = document._budgets(dict(zip("AB", rows, strict=True)), "held-out")
+  assert table.head[2:4] == ("loss at 10 steps", "held-out loss at 20 steps")
+  assert [row[2:4] for row in table.rows] == [("4", "3"), ("3", "5")]
+
+
 def test_budgets_are_what_all_have_spent(tmp_path):
   rows = rows_of(
     make_run(tmp_path / "a", valid=(4, 3, 2)),
@@ -251,9 +276,11 @@ def test_bad_directories_are_refused(tmp_path):
   with pytest.raises(ValueError, match="the same seed: they are one run"):
     runs.find([a, b])
   assert len(runs.find([a, a])[0]) == 1
-  (b / "config.json").write_text("{}")
-  with pytest.raises(ValueError, match="damaged or of another version"):
-    runs.find([b])
+  for name in ("learning_rate", "estimator", "optimizer", "model"):
+    config = {k: v for k, v in CONFIG.items() if k != name}
+    write(b / "config.json", config)
+    with pytest.raises(ValueError, match="damaged or of another version"):
+      runs.find([b])
 
 
 # Benchmarks.
@@ -340,6 +367,58 @@ def test_a_verdict_needs_seeds_and_rates(tmp_path):
   assert verdict("19 times").word == claims.UNTESTED
 
 
+def test_rates_of_other_probes_are_not_counted_together(tmp_path):
+  paths = [
+    make_run(
+      tmp_path / f"{x}{rate}{seed}",
+      losses,
+      seed=seed,
+      learning_rate=rate,
+      **fields,
+      **BY_HEART,
+    )
+    for seed in range(3)
+    for rate in (0.01, 0.02, 0.03)
+    for x, losses, fields in (
+      ("f", LOSSES, {"num_probes": round(800 * rate)}),  # One rate each.
+      ("b", LOSSES, BPTT),
+    )
+  ]
+  found = verdict("19 times", paths)
+  assert found.word == claims.UNTESTED and "1 and 3 learning" in found.why
+  # Those that were swept decide, though others need fewer steps.
+  slow = (4.0, 4.0, 0.05)
+  for seed in range(3):
+    for rate in (0.01, 0.02, 0.03):
+      fields = {"learning_rate": rate, "seed": seed, "num_probes": 96}
+      path = tmp_path / f"s{rate}{seed}"
+      paths.append(make_run(path, slow, **fields, **BY_HEART))
+  found = verdict("19 times", paths)
+  assert found.word == claims.REFUTED and "@ 96" in found.why
+
+
+@pytest.mark.parametrize(
+  ("theirs", "word"), [(2, claims.REFUTED), (61, claims.UNTESTED)]
+)
+def test_what_never_arrives_needs_more_than_it_took(tmp_path, theirs, word):
+  found = verdict("19 times", learning(tmp_path, ours=61, theirs=theirs))
+  assert found.word == word
+  if word == claims.REFUTED:
+    assert found.ours[0].median == 20 / 600
+    assert "not there in 600 steps, against BPTT" in found.why
+
+
+def test_an_exact_readout_is_not_counted_as_cd_rge(tmp_path):
+  rows = [
+    {"solver": "central_difference, exact readout", "steps": 2},
+    {"solver": "central_difference", "steps": 8},
+    {"solver": "BPTT, AdamW", "steps": 4},
+  ]
+  content = {"rows": rows, "machine": "a CPU", "command": "python x.py"}
+  found = verdict("19 times", (), [write(tmp_path / "rows.json", content)])
+  assert found.ours[0].median == 0.5
+
+
 def test_steps_that_a_script_counted_have_one_seed():
   file = small.ROOT / "benchmarks" / "results" / "overfit_dnc.json"
   found = verdict("19 times", (), [file])
@@ -406,6 +485,25 @@ def test_heldout_loss_at_equal_training_loss(tmp_path):
   (claim,) = [x for x in claims.CLAIMS if "regularises" in x.name]
   claim = claim._replace(read=lambda _: readings.Reading((better,), 3, ""))
   assert claims.judge(claim, evidence()).word == claims.CONFIRMED
+
+
+def test_the_best_epsilon_is_that_at_the_equal_training_loss(tmp_path):
+  """Not that with the lowest held-out loss before, nor one that learns less."""
+  rows = (
+    # Best before it overfits, worst where it does.
+    ("f", (3.0, 2.0, 1.0), (4, 1, 9), {"epsilon": 0.01}),
+    ("g", (3.0, 2.0, 1.0), (4, 3, 2), {"epsilon": 0.1}),
+    ("h", (3.0, 2.9, 2.8), (4, 3, 0.5), {"epsilon": 0.2}),
+    ("b", (3.0, 2.0, 1.0), (4, 2, 3), BPTT),
+  )
+  paths = [
+    make_run(tmp_path / f"{x}{seed}", losses, valid, seed=seed, **fields)
+    for seed in range(3)
+    for x, losses, valid, fields in rows
+  ]
+  found = verdict("regularises", paths)
+  assert found.ours[0].median == -1 and found.word == claims.CONFIRMED
+  assert "epsilon 0.1 against" in found.why
 
 
 def test_heldout_loss_is_read_where_the_training_loss_falls_to_a_level(
@@ -499,13 +597,15 @@ def test_the_slope_of_back_propagation(tmp_path):
   logged = np.array([5.484, 5.416, 5.349, 5.282])
   losses = np.stack([logged, logged + 1, logged + 2], axis=1)
   found = verdict(
-    "a step of BPTT", dnc(tmp_path / "a", losses, **readings.DNC_BACKWARD)
+    "a step of BPTT with SGD",
+    dnc(tmp_path / "a", losses, **readings.DNC_BACKWARD),
   )
   assert found.ours[0].median == pytest.approx(-0.0673, abs=1e-4)
   assert found.word == claims.CONFIRMED
   flat = np.full((4, 3), 5.0)
   found = verdict(
-    "a step of BPTT", dnc(tmp_path / "b", flat, **readings.DNC_BACKWARD)
+    "a step of BPTT with SGD",
+    dnc(tmp_path / "b", flat, **readings.DNC_BACKWARD),
   )
   assert found.word == claims.REFUTED
 
@@ -523,6 +623,15 @@ def test_growth_of_memory(tmp_path):
   file = memory_file(tmp_path, zero=(100, 150), bptt=(100, 400))
   assert verdict("does not grow", (), [file]).word == claims.REFUTED
   assert verdict("linear", (), [file]).word == claims.REFUTED
+  # What is farthest from the claim decides.
+  content = json.loads(file.read_text())
+  others = [
+    dict(row, case="LSTM small") for row in content["tables"]["context length"]
+  ]
+  for row, bptt in zip(others, (1, 100, 100 * 8**1.05), strict=True):
+    row["bptt_mb"] = bptt
+  content["tables"]["context length"] += others
+  assert verdict("linear", (), [write(file, content)]).word == claims.REFUTED
 
 
 def test_steps_of_the_smoke_test():
@@ -552,6 +661,29 @@ def test_a_smoke_test_that_ended_early_tells_nothing(
     assert f"{len(losses)} steps of {probes} probes" in found.why
 
 
+def test_runs_of_the_smoke_test(tmp_path):
+  task = {"name": "random_tokens", "seq_length": 10}
+  model = {"name": "lstm", "hidden_size": 66000}
+
+  def smoke(name, losses, rate=0.01, probes=96, steps=None):
+    fields = {"learning_rate": rate, "num_probes": probes, "log_every": 1}
+    fields |= {"task": task, "model": model, "steps": steps or len(losses)}
+    return make_run(tmp_path / name, losses, **fields)
+
+  name = "ten tokens by heart in five"
+  others = [
+    smoke("cut", (9.0, 8.0), steps=6),
+    smoke("few", [9.0] * 9, probes=2),
+  ]
+  found = verdict(name, others)
+  assert found.word == claims.UNTESTED and "has 2 steps" in found.why
+  others.append(smoke("slow", [9.0] * 9, rate=1e-5))
+  assert verdict(name, others).word == claims.REFUTED
+  good = smoke("good", [9.0] * 4 + [0.05], rate=0.02)
+  found = verdict(name, [*others, good])
+  assert found.word == claims.CONFIRMED and found.ours[0] == (5, 5, 5)
+
+
 def measured_file(tmp_path, *rows):
   content = {"suite": "paper", "machine": MACHINE, "tables": {"steps": rows}}
   return write(tmp_path / "steps.json", content)
@@ -561,15 +693,19 @@ def test_times_of_other_devices_are_shown_and_not_judged(tmp_path):
   row = {"case": "LSTM tiny", "batch": 64, "probes": 96, "program": "CD-RGE"}
   row |= {"devices": 1, "ms": 376.0, "ms_quartiles": [370.0, 380.0]}
   other = row | {"devices": 2, "ms": 1.0}
-  found = verdict("a step of LSTM tiny", (), [measured_file(tmp_path, other)])
+  name = "a step of LSTM tiny by CD-RGE with 96"
+  found = verdict(name, (), [measured_file(tmp_path, other)])
   assert found.ours == ()
   file = measured_file(tmp_path, other, row)
-  found = verdict("a step of LSTM tiny", (), [file])
+  found = verdict(name, (), [file])
   assert found.word == claims.UNTESTED and "a CPU" in found.why
   assert found.ours[0] == pytest.approx((0.376, 0.37, 0.38))
   row["ms"] = None  # It did not fit.
   file = measured_file(tmp_path, row)
-  assert verdict("a step of LSTM tiny", (), [file]).ours == ()
+  assert verdict(name, (), [file]).ours == ()
+  row |= {"program": "BPTT", "probes": 0, "ms": 25.0}
+  file = measured_file(tmp_path, row | {"ms_quartiles": [24.0, 26.0]})
+  assert verdict("tiny by BPTT", (), [file]).ours[0].median == 0.025
 
 
 def test_the_overhead_that_is_saved(tmp_path):

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-FORMAT = 1  # Of zorn-bench's files; those without a number are the first.
+FORMAT = 1  # Of the files that are read; those without a number are the first.
 
 
 class Bench(NamedTuple):
@@ -38,7 +38,7 @@ def read(path: pathlib.Path) -> Bench:
       f"the benchmark file {str(path)!r} is not JSON: {error}. Make it with "
       "zorn-bench --output=FILE."
     ) from error
-  found = content.get("format", FORMAT) if isinstance(content, dict) else None
+  found = content.get("format", 1) if isinstance(content, dict) else None
   if found is not None and found != FORMAT:
     raise ValueError(
       f"the benchmark file {str(path)!r} has the format {found}, this version "

@@ -1,5 +1,6 @@
 """What a report says: tables, pictures and sentences, in no format yet."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -231,44 +232,31 @@ def _budgets(rows, valid):
   """Losses at the same number of steps, of tokens and of seconds."""
   if len(rows) < 2:
     return []
-  budgets = {
-    unit: run_dirs.shared_budget(list(rows.values()), unit) for unit in _UNITS
-  }
-  budgets = {unit: x for unit, x in budgets.items() if x is not None}
-  has_validation = all(
-    run_dirs.last(run, "valid_loss") is not None
-    for row in rows.values()
-    for run in row.counted
-  )
-  names = {"loss": "loss"}
-  if has_validation:
-    names["valid_loss"] = f"{valid} loss"
+  words = {"loss": "loss", "valid_loss": f"{valid} loss"}
+  columns = [
+    (unit, name, budget)
+    for unit in _UNITS
+    for name in words
+    if (budget := run_dirs.shared_budget(list(rows.values()), unit, name))
+  ]
   head = ["", "run"]
   head += [
-    f"{word} at {figure(x)} {_UNITS[unit]}"
-    for unit, x in budgets.items()
-    for word in names.values()
+    f"{words[name]} at {figure(budget)} {_UNITS[unit]}"
+    for unit, name, budget in columns
   ]
   lines = []
   for letter, row in rows.items():
     cells = [letter, row.label]
-    for unit, budget in budgets.items():
-      for name in names:
-        cells.append(
-          spread(
-            run_dirs.over_seeds(
-              row,
-              lambda run, u=unit, b=budget, n=name: run_dirs.at(run, u, b, n),
-            )
-          )
-        )
+    for unit, name, budget in columns:
+      at = functools.partial(run_dirs.at, unit=unit, budget=budget, name=name)
+      cells.append(spread(run_dirs.over_seeds(row, at)))
     lines.append(tuple(cells))
   return [
     Text(
-      "At equal cost: the most that every seed of every row has spent. A "
-      "backward pass counts as two forward ones. The loss of a zero-order "
-      "method is the mean of its perturbed losses, BPTT's is clean. A dash: "
-      "nothing was logged so early."
+      "At equal cost: the most that every seed of every row has spent, or what "
+      "the last of them needs for its first value; a row that ended before has "
+      "its last. A backward pass counts as two forward ones. The loss of a "
+      "zero-order method is the mean of its perturbed losses, BPTT's is clean."
     ),
     Table(tuple(head), tuple(lines)),
   ]

@@ -1,8 +1,10 @@
 """Run directories: read, grouped by config, summed up over seeds."""
 
+import functools
 import itertools
 import json
 import math
+import operator
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -143,11 +145,25 @@ def _has_metrics(path):
   return bool(loggers.read_jsonl(path / loggers.JSONL_NAME))
 
 
+# Without these a config is none of this version.
+_NEEDED = (
+  "seed",
+  "steps",
+  "num_probes",
+  "learning_rate",
+  "task.name",
+  "model",
+  "estimator.name",
+  "optimizer.name",
+)
+
+
 def read(path: pathlib.Path) -> Run:
   """One run directory; see :func:`find`."""
   try:
     config = json.loads((path / workdirs.CONFIG_NAME).read_text())
-    config["seed"], config["steps"], config["task"]["name"]
+    for name in _NEEDED:
+      functools.reduce(operator.getitem, name.split("."), config)
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise ValueError(
       f"the config in {str(path)!r} is damaged or of another version of "
@@ -256,7 +272,7 @@ _HEAD = ("num_probes", "learning_rate", "estimator.name", "optimizer.name")
 
 def _labels(configs):
   """The method, its probes and rate, and what else tells rows apart."""
-  heads = [_head(config) for config in configs]
+  heads = [head_of(config) for config in configs]
   flats = [flat(config) for config in configs]
   labels = []
   for head, mine in zip(heads, flats, strict=True):
@@ -288,7 +304,8 @@ def solver(config: dict[str, Any]) -> str:
   return "BPTT" if name == "bptt" else name
 
 
-def _head(config):
+def head_of(config: dict[str, Any]) -> str:
+  """The method, its probes and its optimiser."""
   probes = "" if solver(config) == "BPTT" else f" @ {config['num_probes']}"
   return f"{solver(config)}{probes}, {config['optimizer']['name']}"
 
@@ -303,7 +320,7 @@ def best_of_solvers(rows: Sequence[Row]) -> list[Row]:
     end = over_seeds(row, lambda run: last(run, "valid_loss"))
     end = end or over_seeds(row, lambda run: last(run, "loss"))
     height = end.median if end else math.inf
-    head = _head(row.config)
+    head = head_of(row.config)
     if head not in best or height < best[head][0]:
       best[head] = (height, row)
   return [row for _, row in best.values()]
@@ -331,10 +348,10 @@ def validates_clean(task: dict[str, Any]) -> bool:
 def reached(run: Run, unit: str, target: float = TARGET) -> float:
   """Where the loss was first below a target; infinity if nowhere.
 
-  That is the training loss or, where validation is on the batch of training,
-  the clean one: a zero-order method's training loss is of perturbed parameters,
-  and may stay above the target although those that it has found lie below. A
-  line has the training loss before its update, and the clean one after it.
+  That is the training loss or, where it is logged, the clean one: a zero-order
+  method's training loss is of perturbed parameters, and may stay above the
+  target although those that it has found lie below. A line has the training
+  loss before its update, and the clean one after it.
 
   Args:
     run: Of which only logged steps are seen. Where a line does not have the
@@ -342,7 +359,8 @@ def reached(run: Run, unit: str, target: float = TARGET) -> float:
     unit: "step", "forward_tokens" or "seconds".
     target: In nats.
   """
-  names = ["loss"] + ["valid_loss"] * validates_clean(run.config["task"])
+  clean = validates_clean(run.config["task"])
+  names = ["loss", "valid_loss" if clean else "train_loss"]
   met = False
   for record in run.records:
     met = met or any(record.get(name, target) < target for name in names)
@@ -413,13 +431,23 @@ def seconds_per_step(run: Run) -> float | None:
 UNITS = ("step", "forward_tokens", "seconds")
 
 
-def shared_budget(rows: Sequence[Row], unit: str) -> float | None:
-  """The most that every row has spent, by the median of its seeds."""
-  ends = [middle(last(run, unit) for run in row.counted) for row in rows]
-  if not ends or any(end is None for end in ends):
+def shared_budget(
+  rows: Sequence[Row], unit: str, name: str = "loss"
+) -> float | None:
+  """The most that every row has spent, and enough for a value of a metric.
+
+  Where the first value of a row comes only after another has ended, that row
+  has spent less, and its last value counts. None if a row lacks the metric.
+  """
+  runs = [run for row in rows for run in row.counted]
+  lines = [[r[unit] for r in run.records if unit in r] for run in runs]
+  valued = [
+    [r[unit] for r in run.records if unit in r and name in r] for run in runs
+  ]
+  if not all(valued):
     return None
   # Every seed has to have come so far.
-  return min(end.low for end in ends if end)
+  return max(min(x[-1] for x in lines), max(x[0] for x in valued))
 
 
 def over_seeds(
