@@ -1,10 +1,10 @@
 """Learns ten random tokens by heart with a large model, and counts its memory.
 
 python scripts/overfit_large.py [--size=smoke_large|smoke_7b] [--steps=6]
-  [--probes=96]
+  [--probes=96] [--output=FILE]
 
 Takes whole steps as training does, without checkpoints: those of smoke_7b would
-be 14 GB each. Writes benchmarks/results/overfit_SIZE.json after every step.
+be 14 GB each. Writes its file after every step.
 """
 
 import json
@@ -28,6 +28,9 @@ _SIZE = flags.DEFINE_enum(
 )
 _STEPS = flags.DEFINE_integer("steps", 6, "Steps to take.")
 _PROBES = flags.DEFINE_integer("probes", 96, "Probes of a step.")
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "The file; benchmarks/results/overfit_SIZE.json unless given."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the run.")
 
 
@@ -68,6 +71,8 @@ def main(argv):
     "steps": [],
   }
   print(json.dumps(report), flush=True)
+  name = f"overfit_{_SIZE.value}.json"
+  path = pathlib.Path(_OUTPUT.value or ROOT / "benchmarks" / "results" / name)
   start = time.perf_counter()
   state = jax.block_until_ready(parts.init())
   report["init_seconds"] = time.perf_counter() - start
@@ -88,7 +93,6 @@ def main(argv):
       }
     )
     print(report["steps"][-1], flush=True)
-    path = ROOT / "benchmarks" / "results" / f"overfit_{_SIZE.value}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ Most have a test elsewhere, which that page names; here are the others.
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import small
 
 from zorn_jax import build, estimators, methods
-from zorn_jax.step import init_state, update
+from zorn_jax.step import init_state, programs, update
 
 PAGE = (small.ROOT / "docs" / "paper.md").read_text()
 
@@ -50,34 +51,86 @@ def test_micro_batches_are_different_ones_and_their_losses_averaged():
   assert values["loss"] == 2
 
 
-def slopes_of(epsilon):
-  """The update of SGD on a linear loss, at a smoothing radius."""
-  gradient = jnp.arange(1.0, 9.0)
-  estimator = estimators.central_difference(epsilon, 4)
-  args = jnp.zeros(8), (), (), jax.random.key(0)
-  losses = estimator.query(lambda params, _: gradient @ params, *args)
-  return estimator.update(losses, args[0], (), args[-1])[0]
-
-
-def test_epsilon_is_no_learning_rate():
+@pytest.mark.parametrize(
+  "make",
+  [
+    estimators.central_difference,
+    estimators.forward_difference,
+    estimators.spsa1_5,
+    estimators.spsa2,
+  ],
+)
+def test_epsilon_is_no_learning_rate(make):
   # Theirs entered as lr / epsilon, or not at all, solver by solver.
-  np.testing.assert_allclose(slopes_of(1e-2), slopes_of(1.0), rtol=1e-4)
+  def slopes_of(epsilon):
+    """The update of SGD on a linear loss, at a smoothing radius."""
+    gradient = jnp.arange(1.0, 9.0)
+    estimator = make(epsilon, 4)
+    args = jnp.zeros(8), estimator.init(jnp.zeros(8)), jax.random.key(0)
+    params, state, key = args
+    loss = lambda params, _: gradient @ params
+    losses = estimator.query(loss, params, (), state, key)
+    return estimator.update(losses, params, state, key)[0]
+
+  np.testing.assert_allclose(slopes_of(1e-2), slopes_of(1.0), rtol=1e-3)
+
+
+OPTIMIZERS = [
+  ("shakespeare.py", "pure"),
+  ("paper/lstm.py", "tiny,adamw"),
+  ("paper/dnc.py", "solver=adamw"),
+]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
-def test_steps_of_adam_do_not_grow_with_time(scale):
-  # Theirs began with a second moment of one, which then decayed.
-  config = small.config(small.ROOT / "configs" / "shakespeare.py", "pure")
+@pytest.mark.parametrize(("path", "arg"), OPTIMIZERS)
+def test_steps_of_adam_do_not_grow_with_time(path, arg, scale):
+  # Theirs began with a second moment of one, which then decayed; and moments
+  # of zero, BPTT's default, make a step of the sign of each gradient.
+  config = small.config(small.ROOT / "configs" / path, arg)
   config.optimizer.schedule = "constant"
   config.optimizer.warmup_steps = 0
   optimizer = build.experiment(config).optimizer
   params = {"w": jnp.zeros(3)}
   state, sizes = optimizer.init(params), []
-  for _ in range(60):
-    grads = {"w": jnp.full(3, scale)}
-    updates, state = optimizer.update(grads, state, params)
+  for sign in (1,) * 60 + (-1, 1e-3):
+    grads = {"w": jnp.full(3, sign * scale)}
+    updates, state = jax.jit(optimizer.update)(grads, state, params)
     sizes.append(-float(updates["w"][0]))
-  np.testing.assert_allclose(sizes, config.learning_rate, rtol=1e-3)
+  np.testing.assert_allclose(sizes[:60], config.learning_rate, rtol=1e-3)
+  b1, b2 = config.optimizer.b1, config.optimizer.b2
+  moments = np.zeros(2)
+  for t, sign in enumerate((1,) * 60 + (-1, 1e-3), 1):
+    moments += (1 - np.array([b1, b2])) * ([sign, sign**2] - moments)
+    mean, square = moments / (1 - np.array([b1, b2]) ** t)
+    expected = config.learning_rate * mean / np.sqrt(square)
+    np.testing.assert_allclose(sizes[t - 1], expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["rademacher", "low_rank"])
+def test_probes_leave_no_trace_in_bfloat16(name):
+  # Theirs came and went by rounded sums, and the parameters drifted.
+  config = small.config(model__dtype="bfloat16", epsilon=1e-4, num_probes=32)
+  direction = {"name": name, "rank": 1, "base": "normal"}
+  if name == "rademacher":
+    direction = {"name": name}
+  config.estimator.direction = direction
+  config.optimizer = {
+    "name": "sgd",
+    "momentum": 0.0,
+    "schedule": "constant",
+    "warmup_steps": 0,
+  }
+  experiment = build.experiment(config)
+  parts, data = programs(experiment), experiment.task.data
+  state = parts.init()
+  before = jax.tree.map(np.array, state.params)
+  assert {x.dtype.name for x in jax.tree.leaves(before)} == {"bfloat16"}
+  losses, _, aside = parts.query(state, data)
+  assert np.unique(np.asarray(losses)).size > 1
+  # Of slopes of zero, the update is none.
+  state, _ = parts.update(state, jnp.full_like(losses, 2.0), aside)
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state.params), before)
 
 
 def test_a_loss_above_seven_nats_is_no_divergence():

@@ -62,10 +62,12 @@ sweep() {
     "${@:3}" || echo "$1: not all runs are complete" >&2
 }
 
-# CASE PROGRAM CONFIG ARGUMENT...: time and memory of a step.
+# CASE PROGRAM CONFIG ARGUMENT...: time and memory of a step. One that fails is
+# said and passed by.
 measure() {
   "$python" scripts/paper/measure.py --output="$work/steps.json" \
-    --case="$1" --program="$2" --config="configs/$3" "${@:4}"
+    --case="$1" --program="$2" --config="configs/$3" "${@:4}" ||
+    echo "$1, $2: not measured" >&2
 }
 
 # The arguments that name an LSTM of `shape`.
@@ -75,12 +77,20 @@ lstm() {
   echo "--config.model.hidden_size=$hidden --config.model.num_heads=$heads"
 }
 
-# FILE...: the page of all sweeps, and of these benchmarks.
+# FILE...: the page of all sweeps in `roots` that have begun, and of these
+# benchmarks.
+roots=("$work")
 report() {
-  local arguments=() path
-  for path in "$work"/*/sweep.json; do
-    if [[ -e $path ]]; then arguments+=(--workdir="${path%/*}"); fi
+  local arguments=() root path
+  for root in "${roots[@]}"; do
+    for path in "$root"/*/; do
+      if compgen -G "$path*/metrics.jsonl" >/dev/null; then
+        arguments+=(--workdir="${path%/}")
+      fi
+    done
   done
-  for path; do arguments+=(--bench="$path"); done
+  for path; do
+    if [[ -e $path ]]; then arguments+=(--bench="$path"); fi
+  done
   zorn report "${arguments[@]}" --output="$work/report.html"
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Figure 1: steps until a DNC knows one batch by heart, by scale, probes and
-# solver, over one grid of learning rates for all; in full also the four logged
-# steps at scale 8. What counts is the loss without a perturbation, after a step.
+# solver, over one grid of learning rates for all. What counts is the loss without
+# a perturbation, after a step.
 #   scripts/paper/figure1.sh [--size=cpu|full|smoke] [--scales=1,2] \
 #     [--solvers=cd_rge,spsa1_5] [--probes=8,96] [--rates=0.01,0.1] [--steps=150]
-# (see common.sh). The last five take the place of the size's own; solvers and
-# steps are those of forward passes alone, beside which BPTT always runs.
+# (see common.sh). The last five take the place of the size's own; all but the
+# scales are those of forward passes, beside which BPTT has the whole grid.
 takes="scales solvers probes rates steps"
 . "$(dirname "$0")/common.sh"
 scales=(1) solvers=(cd_rge spsa1_5) probes=(8 96) forward=150 backward=200
@@ -21,26 +21,22 @@ for name in scales solvers probes; do
     IFS=, read -ra "$name" <<<"${given[$name]}"
   fi
 done
-rates=${given[rates]:-$rates} forward=${given[steps]:-$forward}
-grid=(--config.evaluate_every=1
-  --grid=learning_rate=$rates --grid=seed=$seeds)
+forward=${given[steps]:-$forward}
+some=--grid=learning_rate=${given[rates]:-$rates}
+all=--grid=learning_rate=$rates
+each=(--config.evaluate_every=1 --grid=seed=$seeds)
 
 for scale in "${scales[@]}"; do
   for solver in sgd adamw; do
     sweep "$solver-$scale" "paper/dnc.py:scale=$scale,solver=$solver" \
-      --config.steps=$backward "${grid[@]}"
+      --config.steps=$backward "$all" "${each[@]}"
   done
   for solver in "${solvers[@]}"; do
     for n in "${probes[@]}"; do
       sweep "$solver-$scale-$n" \
         "paper/dnc.py:scale=$scale,solver=$solver,probes=$n" \
-        --config.steps=$forward "${grid[@]}"
+        --config.steps=$forward "$some" "${each[@]}"
     done
   done
 done
-if [[ $size == full && ${#given[@]} == 0 ]]; then  # The whole figure.
-  sweep log paper/dnc.py --config.steps=4 --grid=seed=$seeds
-  sweep log-sgd paper/dnc.py:solver=sgd --config.steps=4 \
-    --config.learning_rate=0.001 --grid=seed=$seeds
-fi
 report

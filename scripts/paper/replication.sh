@@ -14,6 +14,8 @@ work_load=(--config.model.hidden_size=512 --config.model.num_heads=8
 forward_load=("${work_load[@]}" --config.num_probes=$probes)
 
 measure replication BPTT paper/lstm.py:tiny,sgd "${work_load[@]}"
+measure replication "BPTT, checkpointed" paper/lstm.py:tiny,sgd "${work_load[@]}" \
+  --config.task.time_chunk=8 --config.estimator.checkpoint=True
 measure replication CD-RGE paper/lstm.py:tiny "${forward_load[@]}"
 sweep adamw paper/lstm.py:tiny,adamw "${work_load[@]}" \
   --config.steps=$backward --grid=learning_rate=0.003,0.01 --grid=seed=$seeds

@@ -12,12 +12,13 @@ for name in "${sizes[@]}"; do
   sweep "$name" paper/lstm.py:smoke_large "${options[@]}" --grid=seed=$seeds
 done
 if [[ $size == full ]]; then
-  result=benchmarks/results/overfit_smoke_7b.json
-  if [[ ! -e $work/smoke_7b.json ]]; then
-    "$python" scripts/overfit_large.py --size=smoke_7b --steps=7
-    cp $result "$work/smoke_7b.json"
+  result=$work/smoke_7b.json
+  if [[ ! -e $result ]]; then
+    "$python" scripts/overfit_large.py --size=smoke_7b --steps=7 \
+      --output="$work/smoke_7b.tmp"
+    mv "$work/smoke_7b.tmp" "$result"
   fi
-  report "$work/smoke_7b.json"
+  report "$result"
 else
   report
 fi

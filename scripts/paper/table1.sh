@@ -16,6 +16,8 @@ of_size() {
   local options
   read -ra options <<<"$(lstm "$1") --config.batch_size=$batch --steps=$2"
   measure "LSTM $1" BPTT paper/lstm.py:smoke_large,sgd "${options[@]}"
+  measure "LSTM $1" "BPTT, checkpointed" paper/lstm.py:smoke_large,sgd \
+    "${options[@]}" --config.task.time_chunk=4 --config.estimator.checkpoint=True
   for n in "${probes[@]}"; do
     for devices in 1 0; do
       measure "LSTM $1" CD-RGE paper/lstm.py:smoke_large "${options[@]}" \
