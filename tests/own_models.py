@@ -89,6 +89,43 @@ class Counting(nnx.Module):
     return carry, self.out(jax.nn.one_hot(tokens, 1))
 
 
+class Scored(nn.Module):
+  """Has a method whose name we use otherwise."""
+
+  vocab_size: int
+
+  def initial_carry(self, batch_size):
+    return jnp.zeros((batch_size, 0))
+
+  @nn.compact
+  def __call__(self, carry, tokens):
+    return carry, nn.Embed(self.vocab_size, self.vocab_size)(tokens)
+
+  def score(self, sentence):
+    raise AssertionError(sentence)
+
+
+class Normed(Scored):
+  @nn.compact
+  def __call__(self, carry, tokens):
+    x = nn.Embed(self.vocab_size, self.vocab_size)(tokens)
+    return carry, nn.BatchNorm(use_running_average=True)(x)
+
+
+class Wrong(nnx.Module):
+  """Misspells a field."""
+
+  def __init__(self, vocab_size, hidden_size, rngs):
+    self.hidden_size = hidden_size
+    self.out = nnx.Linear(self.hidden_sizee, vocab_size, rngs=rngs)
+
+  def initial_carry(self, batch_size):
+    return jnp.zeros((batch_size, 0))
+
+  def __call__(self, carry, tokens):
+    return carry, self.out(tokens)
+
+
 class NoCarry(nn.Module):
   vocab_size: int
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import chex
 import jax
@@ -12,7 +14,8 @@ import pytest
 import small
 
 import zorn_jax
-from zorn_jax import build, control, methods, search
+from zorn_jax import build, control, methods, search, train as train_module
+from zorn_jax.lock import lock
 from zorn_jax.search import Search
 from zorn_jax.step import init_state
 from zorn_jax.train import train
@@ -169,6 +172,23 @@ def test_the_loop_starts_with_the_rate_that_was_found(tmp_path):
   assert 1e-5 < ratio <= 0.1
   power = math.log(ratio / 1e-5) / math.log(1e4) * 16
   assert power == pytest.approx(round(power), abs=1e-3)
+
+
+def test_a_second_signal_does_not_wait():
+  before = signal.getsignal(signal.SIGINT)
+  with train_module._stop_on_signal() as stopped:
+    assert not stopped(1)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopped(2)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+  assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_directory_is_locked_before_it_is_claimed(tmp_path):
+  config = small.config()
+  with lock(tmp_path), pytest.raises(ValueError, match="another process"):
+    train(build.experiment(config), tmp_path, config.to_dict())
+  assert os.listdir(tmp_path) == ["lock"]
 
 
 def test_a_plateau_searches_again(tmp_path):

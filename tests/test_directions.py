@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zorn_jax import aggregators, directions, perturbed, tiles
+from zorn_jax import aggregators, directions, estimators, perturbed, tiles
 from zorn_jax.estimators import stencil
 
 KINDS = {
@@ -606,10 +606,22 @@ def test_sums_that_are_not_in_parts_have_no_blocks():
     assert made.blocks is None
 
 
-def test_parts_need_keys_of_threefry():
-  key = jax.random.key(0, impl="rbg")
-  with pytest.raises(ValueError, match="keys of threefry2x32"):
-    directions.signs(key, (99,), ((1,), (2,)))
+@pytest.mark.parametrize("window", [None, ((1,), (2,))])
+@pytest.mark.parametrize(
+  ("make", "found"),
+  [
+    (lambda: jax.random.key(0, impl="rbg"), "got one of rbg"),
+    (lambda: jax.random.PRNGKey(0), "got an array of uint32"),
+  ],
+)
+def test_keys_have_to_be_of_threefry(make, found, window):
+  """Others draw otherwise under a map, as queries do, than one by one."""
+  for draw in (directions.signs, directions.normals):
+    with pytest.raises(ValueError, match=f"{found}. Make keys by"):
+      draw(make(), (99,), window)
+  estimator, params = estimators.central_difference(1e-2, 2), jnp.ones(3)
+  with pytest.raises(ValueError, match=found):
+    estimator.query(lambda p, _: p.sum(), params, (), (), make())
 
 
 @pytest.mark.parametrize(

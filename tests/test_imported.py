@@ -1,5 +1,6 @@
 """A user's own Flax modules, trained as ours are."""
 
+import types
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import small
 
 import zorn_jax
-from zorn_jax import build, models
+from zorn_jax import build, metrics, models
 from zorn_jax.step import init_state, train_step
 from zorn_jax.train import restore_params, train
 from zorn_jax.train_state import digest
@@ -139,6 +140,22 @@ def test_a_name_of_no_parameter_is_refused(
     models.imported(path, {"vocab_size": 5, "hidden_size": 4})
 
 
+def test_a_method_named_score_is_the_users_own():
+  model = models.imported("own_models:Scored", {"vocab_size": 5})
+  params = model.init(jax.random.key(0))
+  tokens = jnp.asarray([[0, 3, 4]])
+  carry = model.initial_carry(params, 1)
+  chunk = types.SimpleNamespace(inputs=tokens, targets=tokens)
+  _, losses, _ = metrics.score(model, params, carry, chunk)
+  assert losses.shape == (1, 3)
+
+
+def test_a_mistake_in_a_model_is_not_called_one_of_the_config():
+  config = config_of("own_models:Wrong")
+  with pytest.raises(AttributeError, match="hidden_sizee"):
+    build.experiment(config)
+
+
 @pytest.mark.parametrize(
   ("path", "options", "message"),
   [
@@ -150,6 +167,7 @@ def test_a_name_of_no_parameter_is_refused(
     (LINEN, {"odd": 1}, "LinenGRU cannot be made with odd, vocab_size"),
     (NNX, {}, "NNXElman cannot be made with vocab_size"),
     ("own_models:Counting", {}, "keeps BatchStat beside its parameters"),
+    ("own_models:Normed", {}, "keeps batch_stats beside its parameters"),
   ],
 )
 def test_wrong_modules(path, options, message):

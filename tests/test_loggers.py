@@ -1,6 +1,9 @@
 """Metrics on disk and on the terminal, and the plot drawn from them."""
 
 import json
+import shutil
+import sys
+import types
 
 import pytest
 
@@ -50,6 +53,23 @@ def test_tensorboard_gets_every_value(tmp_path):
     logger.close()
   (file,) = (tmp_path / "tensorboard").iterdir()
   assert b"tokens_per_second" in file.read_bytes()
+
+
+def test_a_directory_is_one_run_of_wandb(tmp_path, monkeypatch):
+  """Another of the same name is another run; so is one that was emptied."""
+  begun = []
+  wandb = types.SimpleNamespace(init=lambda **options: begun.append(options))
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  folders = [tmp_path / x / "seed=0" for x in ("a", "b")]
+  for folder in (folders[0], *folders):
+    folder.mkdir(parents=True, exist_ok=True)
+    loggers.WandbLogger(folder, {})
+  shutil.rmtree(folders[0])
+  folders[0].mkdir()
+  loggers.WandbLogger(folders[0], {})
+  a, again, b, emptied = (options["id"] for options in begun)
+  assert a == again and len({a, b, emptied}) == 3
+  assert {options["name"] for options in begun} == {"seed=0"}
 
 
 def test_unknown_logger_is_named():

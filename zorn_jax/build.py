@@ -3,6 +3,7 @@
 import inspect
 import json
 import pathlib
+import traceback
 from functools import partial
 
 import jax
@@ -87,9 +88,17 @@ def experiment(
     config.mesh.probe = 1
     return _experiment(config, _layout(config, one_device, num_devices))
   except (AttributeError, KeyError) as error:
+    if not _is_of_config(error):
+      raise  # A mistake in a user's model, or ours.
     raise ValueError(
       f"the config lacks a field: {error}. Start from a file in configs/."
     ) from error
+
+
+def _is_of_config(error):
+  """Whether a field of a config was not there."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals["__name__"].startswith("ml_collections")
 
 
 def batching(
@@ -124,9 +133,13 @@ def batching(
   )
 
 
-def load(workdir: pathlib.Path) -> Experiment:
+def load(workdir: pathlib.Path, noted: int = 0) -> Experiment:
   """The experiment of a run directory, on one device.
 
+  Args:
+    workdir: The directory.
+    noted: How many probes the run had at once, where that was chosen for it: a
+      sum over probes may depend on it; 0 for what the config says.
   Raises:
     ValueError: If the directory holds no run.
   """
@@ -137,7 +150,9 @@ def load(workdir: pathlib.Path) -> Experiment:
       "workdir of a run of zorn-train."
     )
   config = ml_collections.ConfigDict(json.loads(path.read_text()))
-  return experiment(config, one_device=True)
+  made = experiment(config, one_device=True)
+  batched = batching(config, made)
+  return batched.rebuild(noted) if noted and batched else made
 
 
 def _layout(config, one_device, num_devices):

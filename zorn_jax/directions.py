@@ -61,6 +61,24 @@ class Factors(NamedTuple):
   right: jax.Array  # [..., r, k]
 
 
+def check_key(key: types.Key) -> None:
+  """Raises ValueError unless a key is a typed one of threefry.
+
+  Other generators draw otherwise under `vmap`: queries and update, of which one
+  maps over probes and the other goes through them, would not agree.
+  """
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    found = f"an array of {key.dtype}"
+  elif (name := str(jax.random.key_impl(key))) != "threefry2x32":
+    found = f"one of {name}"
+  else:
+    return
+  raise ValueError(
+    f"a key has to be a typed one of threefry2x32, got {found}. Make keys by "
+    "jax.random.key(seed), with the option jax_default_prng_impl as it is."
+  )
+
+
 def _whole(window, shape) -> bool:
   """Whether a window is known to be all of an array."""
   if window is None:
@@ -76,14 +94,13 @@ def _bits(key: types.Key, shape, window=None) -> jax.Array:
   Without the option `jax_threefry_partitionable`, which is on by default, bits
   depend on the number of those that are drawn.
   """
+  check_key(key)
   if _whole(window, shape):
     return jax.random.bits(key, shape, jnp.uint32)
-  name = str(jax.random.key_impl(key))
-  if name != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+  if not jax.config.jax_threefry_partitionable:
     raise ValueError(
-      "parts of a direction need keys of threefry2x32 and the option "
-      f"jax_threefry_partitionable, got a key of {name}. Make keys by "
-      "jax.random.key(seed), and leave both options as they are."
+      "parts of a direction need the option jax_threefry_partitionable, which "
+      "is off. Leave it on."
     )
   starts, sizes, *_ = window
   # XLA would not vectorise over short rows.

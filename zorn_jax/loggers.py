@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from typing import Any, Protocol
 
 from rich import progress
@@ -149,10 +150,15 @@ class WandbLogger:
   def __init__(self, workdir: pathlib.Path, config: dict[str, Any]):
     import wandb
 
-    # The same directory continues the same run.
+    # The same directory continues the same run, and another one of that name,
+    # or one that was emptied, does not.
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+      path.write_text(uuid.uuid4().hex)
     self._run = wandb.init(
       project="zorn_jax",
-      id=workdir.resolve().name,
+      name=workdir.resolve().name,
+      id=path.read_text(),
       resume="allow",
       dir=str(workdir),
       config=config,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zorn_jax.loggers import JSONL_NAME, read_jsonl
-from zorn_jax.workdir import CHECKPOINTS_NAME, CONFIG_NAME
+from zorn_jax.workdir import CHECKPOINTS_NAME, CONFIG_NAME, write
 
 SWEEP_NAME = "sweep.json"
 RESULTS_NAME = "results"
@@ -170,7 +170,7 @@ def claim(
       for run in known.values()
     },
   }
-  _write(path, json.dumps(record, indent=2) + "\n")
+  write(path, json.dumps(record, indent=2) + "\n")
   return list(known.values())
 
 
@@ -182,13 +182,6 @@ def _flat(tree, prefix=""):
     name = f"{prefix}{key}"
     flat |= _flat(value, f"{name}.") if inner else {name: value}
   return flat
-
-
-def _write(path, text):
-  """Writes a file as a whole."""
-  scratch = path.with_suffix(".tmp")
-  scratch.write_text(text)
-  os.replace(scratch, path)
 
 
 def visible_gpus(
@@ -534,7 +527,7 @@ def run_slurm(
       jobs[run.name] = job
       say(f"{run.name}: submitted as job {job.job_id}")
     folder.mkdir(exist_ok=True)
-    _write(path, json.dumps(ids | {k: job.job_id for k, job in jobs.items()}))
+    write(path, json.dumps(ids | {k: job.job_id for k, job in jobs.items()}))
   return _await(runs, workdir, jobs, say, wait)
 
 
@@ -636,8 +629,8 @@ def results(
     return (value is None, sign * value if value is not None else 0)
 
   rows.sort(key=rank)
-  _write(path, json.dumps({"rank_by": rank_by, "runs": rows}, indent=2) + "\n")
-  _write(workdir / f"{RESULTS_NAME}.md", table(rows) + "\n")
+  write(path, json.dumps({"rank_by": rank_by, "runs": rows}, indent=2) + "\n")
+  write(workdir / f"{RESULTS_NAME}.md", table(rows) + "\n")
   return rows
 
 

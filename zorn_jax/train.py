@@ -37,6 +37,7 @@ from zorn_jax.workdir import (
   JOURNAL_NAME,
   claim,
   fingerprint,
+  make,
   note_start,
 )
 
@@ -48,11 +49,13 @@ def _stop_on_signal():
     yield processes.stopping  # All of them after the same step.
     return
   received = []
+
+  def receive(number, _):
+    received.append(number)
+    signal.signal(number, signal.SIG_DFL)  # A second one does not wait.
+
   handled = (signal.SIGTERM, signal.SIGINT)
-  previous = {
-    number: signal.signal(number, lambda number, _: received.append(number))
-    for number in handled
-  }
+  previous = {number: signal.signal(number, receive) for number in handled}
   try:
     yield lambda step: bool(received)
   finally:
@@ -100,8 +103,9 @@ def train(
   first = processes.is_first()
   with contextlib.ExitStack() as stack, _stop_on_signal() as stopped:
     if first:
-      claim(workdir, config, experiment.task.fingerprint)
+      make(workdir)
       stack.enter_context(lock(workdir))
+      claim(workdir, config, experiment.task.fingerprint)
       if start:
         note_start(workdir, start)
     processes.barrier("claimed")

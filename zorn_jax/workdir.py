@@ -1,5 +1,6 @@
 """A run directory: whose it is, and where its parts lie."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,13 +14,36 @@ TEXT_NAME = "text.sha256"
 STARTS_NAME = "starts.jsonl"  # One line for every process that trained there.
 
 
+def make(workdir: pathlib.Path) -> None:
+  """Makes a directory where there is none.
+
+  Raises:
+    ValueError: If nothing can be written there.
+  """
+  with _writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, "Permission denied")
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+      f"cannot write to the workdir {str(workdir)!r}: {error.strerror}. "
+      "Name a writable directory with free space."
+    ) from error
+
+
 def claim(
   workdir: pathlib.Path, config: dict[str, Any], text: str = ""
 ) -> None:
   """Makes `workdir` the directory of the run with this config.
 
   Args:
-    workdir: Made where it does not exist.
+    workdir: An existing directory, which this process has locked.
     config: Plain values, as they are written to `config.json`; "mesh" may
       change when a run is resumed.
     text: The fingerprint of the task, that of its text.
@@ -29,19 +53,11 @@ def claim(
   """
   config = json.loads(json.dumps(config))
   path = workdir / CONFIG_NAME
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(13, "Permission denied")
-    if not path.exists():
-      _write(workdir / TEXT_NAME, text)
-      _write(path, json.dumps(config, indent=2) + "\n")
-      return
-  except OSError as error:
-    raise ValueError(
-      f"cannot write to the workdir {str(workdir)!r}: {error.strerror}. "
-      "Name a writable directory with free space."
-    ) from error
+  if not path.exists():
+    with _writing(workdir):
+      write(workdir / TEXT_NAME, text)
+      write(path, json.dumps(config, indent=2) + "\n")
+    return
   found = json.loads(path.read_text())
   differences = _differences(_identity(found), _identity(config))
   if differences:
@@ -58,8 +74,8 @@ def claim(
     )
 
 
-def _write(path, text):
-  """Writes a file whole or not at all."""
+def write(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all, for one process at a time."""
   scratch = path.with_suffix(".tmp")
   scratch.write_text(text)
   os.replace(scratch, path)

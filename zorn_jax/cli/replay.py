@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from zorn_jax import build, journal
+from zorn_jax import build, journal, probe_batch
 from zorn_jax.checkpoint import CheckpointError, Checkpoints
 from zorn_jax.cli import _run
 from zorn_jax.data import Feed
@@ -44,12 +44,12 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 def main(argv) -> int:
   del argv
   workdir = pathlib.Path(_WORKDIR.value)
-  experiment = build.load(workdir)
+  experiment = build.load(workdir, probe_batch.read(workdir))
   if not experiment.method.recall:
     raise ValueError(
       f"the run in {str(workdir)!r} has no journal: its steps cannot be "
-      "rebuilt from losses alone. Name a run of an estimator that keeps no "
-      "states between steps, and not of bptt."
+      "rebuilt from losses alone. Name a run of another estimator than bptt "
+      "and the streaming ones."
     )
   output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
   if output and output.exists():

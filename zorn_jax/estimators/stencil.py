@@ -162,7 +162,12 @@ def fresh(probes: Probes, num_probes: int) -> Estimator:
 
 
 def probe_keys(key: types.Key, num_probes: int) -> types.Key:
-  """One key per probe [n]; probe i has the same key whatever n is."""
+  """One key per probe [n]; probe i has the same key whatever n is.
+
+  Raises:
+    ValueError: If the key is not a typed one of threefry.
+  """
+  directions.check_key(key)
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_probes))
 
 

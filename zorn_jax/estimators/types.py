@@ -28,8 +28,8 @@ class Estimator(NamedTuple):
     blocks: As `update`, but the gradient is a tree of functions, one for each
       leaf: (a :class:`zorn_jax.tiles.Window`, or None for all) -> a float32
       block of it. None where the gradient cannot be had in parts.
-    pairs: Whether the losses are those of antithetic pairs, [n, 2] in the order
-      (+, -).
+    pairs: Whether the losses are those of fresh antithetic pairs, [n, 2] in the
+      order (+, -), whose noise says what the gradient's is.
   """
 
   init: InitFn

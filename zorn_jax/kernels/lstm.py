@@ -88,6 +88,11 @@ def lstm(
     if value not in known:
       choices = ", ".join(map(str, known))
       raise ValueError(f"unknown {name} {value!r}. Choose one of {choices}.")
+  if interpret and implementation == "xla":
+    raise ValueError(
+      "interpret=True interprets the kernel, got implementation='xla'. Leave "
+      "out one of both."
+    )
   args = check(x_proj, r, b, carry, perturbation)
   keep = output == "all"
   if interpret or chosen(implementation, args.h.shape[-1], _rank(args)):

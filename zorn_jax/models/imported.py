@@ -1,7 +1,7 @@
 """A user's own Flax module as a model, Linen or NNX."""
 
-import functools
 import importlib
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from zorn_jax import perturbed
-from zorn_jax.models.linen import from_linen
+from zorn_jax.models.linen import from_linen, variables
 from zorn_jax.models.types import Model
 
 
@@ -42,9 +42,12 @@ def imported(path: str, options: dict[str, Any]) -> Model:
       )
   try:
     if issubclass(made, nn.Module):
-      model = from_linen(made(**options))
+      module = made(**options)
+      known = jax.eval_shape(partial(variables, module), jax.random.key(0))
+      _refuse_beside(sorted(known.keys() - {"params"}))
+      model = from_linen(module)
     else:
-      model = from_nnx(functools.partial(made, **options))
+      model = from_nnx(partial(made, **options))
   except TypeError as error:
     raise ValueError(
       f"{path} cannot be made with {', '.join(options)}: {error}. Give the "
@@ -67,12 +70,7 @@ def from_nnx(make) -> Model:
   """
   abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
   graph, params, rest = nnx.split(abstract, nnx.Param, ...)
-  kept = sorted({type(variable).__name__ for variable in _variables(rest)})
-  if kept:
-    raise ValueError(
-      f"the module keeps {', '.join(kept)} beside its parameters, which a pure "
-      "function cannot. Leave them out; recurrent states go into the carry."
-    )
+  _refuse_beside(sorted({type(x).__name__ for x in _variables(rest)}))
   paths = {_name(path): path for path in _flat(params)}
 
   def init(key):
@@ -94,6 +92,15 @@ def from_nnx(make) -> Model:
     getattr(abstract, "READOUT", ()),
     getattr(abstract, "DECAYED", ()),
   )
+
+
+def _refuse_beside(kept):
+  """Refuses variables that are not parameters, by their names."""
+  if kept:
+    raise ValueError(
+      f"the module keeps {', '.join(kept)} beside its parameters, which a pure "
+      "function cannot. Leave them out; recurrent states go into the carry."
+    )
 
 
 def _class_of(path):
@@ -133,6 +140,8 @@ def _plain(model):
   return model._replace(
     initial_carry=lambda params, rows: model.initial_carry(dense(params), rows),
     apply=lambda params, carry, x: model.apply(dense(params), carry, x),
+    score=None,  # A method of that name may be anything.
+    deferred=False,
   )
 
 

@@ -3,7 +3,17 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from zorn_jax import types
 from zorn_jax.models.types import Model
+
+
+def variables(module: nn.Module, key: types.Key):
+  """The first variables of a module, by their collections."""
+
+  def first_token(module):
+    return module(module.initial_carry(1), jnp.zeros((1, 1), jnp.int32))
+
+  return module.init(key, method=first_token)
 
 
 def from_linen(module: nn.Module) -> Model:
@@ -13,12 +23,6 @@ def from_linen(module: nn.Module) -> Model:
   and its matrices; so does `score` compare with targets, and `DEFERRED` says
   that it forms parameters itself.
   """
-
-  def init(key):
-    def first_token(module):
-      return module(module.initial_carry(1), jnp.zeros((1, 1), jnp.int32))
-
-    return module.init(key, method=first_token)["params"]
 
   def initial_carry(params, batch_size):
     return module.apply({"params": params}, batch_size, method="initial_carry")
@@ -32,7 +36,7 @@ def from_linen(module: nn.Module) -> Model:
     )
 
   return Model(
-    init,
+    lambda key: variables(module, key)["params"],
     initial_carry,
     apply,
     getattr(module, "READOUT", ()),
