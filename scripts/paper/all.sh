@@ -15,7 +15,6 @@ if [[ $size == cpu ]]; then
   run figure1 --scales=2 --solvers=cd_rge --probes=512 --rates=0.1 --steps=60
   run figure1 --scales=2 --solvers=cd_rge --probes=8 \
     --rates=0.01,0.03,0.1 --steps=100
-  run figure1 --scales=4 --solvers=cd_rge --probes=8 --rates=0.01,0.03 --steps=100
   run figure1 --scales=4 --solvers=cd_rge --probes=96 \
     --rates=0.03,0.1,0.3 --steps=60
 fi
