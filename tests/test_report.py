@@ -665,14 +665,14 @@ def test_runs_of_the_smoke_test(tmp_path):
   task = {"name": "random_tokens", "seq_length": 10}
   model = {"name": "lstm", "hidden_size": 66000}
 
-  def smoke(name, losses, rate=0.01, probes=96, steps=None):
+  def smoke(name, losses, rate=0.01, probes=96, seed=0):
     fields = {"learning_rate": rate, "num_probes": probes, "log_every": 1}
-    fields |= {"task": task, "model": model, "steps": steps or len(losses)}
+    fields |= {"task": task, "model": model, "steps": 9, "seed": seed}
     return make_run(tmp_path / name, losses, **fields)
 
   name = "ten tokens by heart in five"
   others = [
-    smoke("cut", (9.0, 8.0), steps=6),
+    smoke("cut", (9.0, 8.0)),
     smoke("few", [9.0] * 9, probes=2),
   ]
   found = verdict(name, others)
@@ -682,6 +682,11 @@ def test_runs_of_the_smoke_test(tmp_path):
   good = smoke("good", [9.0] * 4 + [0.05], rate=0.02)
   found = verdict(name, [*others, good])
   assert found.word == claims.CONFIRMED and found.ours[0] == (5, 5, 5)
+  # Three seeds say more than a better one.
+  for seed in range(3):
+    fields = {"rate": 0.03, "seed": seed}
+    others.append(smoke(f"three{seed}", [9.0] * (5 + seed) + [0.05], **fields))
+  assert verdict(name, [*others, good]).ours[0] == (7, 6, 8)
 
 
 def measured_file(tmp_path, *rows):

@@ -171,8 +171,8 @@ def smoke(
       return short or (
         f"no run of {size} was given: scripts/overfit_large.py makes one"
       )
-    # The fewest; of equals, those of most seeds.
-    steps, seeds, where = min(found, key=lambda x: (x[0].median, -x[1]))
+    # The fewest of those with enough seeds, if there are any.
+    steps, seeds, where = min(found, key=lambda x: (x[1] < SEEDS, x[0].median))
     return Reading((steps,), seeds, where)
 
   return read
