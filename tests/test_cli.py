@@ -11,6 +11,8 @@ import time
 import pytest
 import small
 
+from zorn_jax.lock import LOCK_NAME
+
 
 def read_metrics(workdir):
   path = workdir / "metrics.jsonl"
@@ -165,7 +167,9 @@ def test_mistakes_are_one_sentence_before_anything_is_written(
 def test_workdir_of_another_config_is_refused_and_kept(uninterrupted):
   workdir, _ = uninterrupted
   contents = lambda: {
-    path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
+    path: path.read_bytes()
+    for path in workdir.rglob("*")
+    if path.is_file() and path.name != LOCK_NAME  # Held while it is read.
   }
   before = contents()
   done = small.run(*small.train_command(workdir, "--config.learning_rate=1"))

@@ -178,7 +178,7 @@ def test_a_second_signal_does_not_wait():
   before = signal.getsignal(signal.SIGINT)
   with train_module._stop_on_signal() as stopped:
     assert not stopped(1)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     assert stopped(2)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
   assert signal.getsignal(signal.SIGINT) is before
