@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of docs/report.md, and the report: some twelve hours on two cores.
+# The runs of docs/report.md, and the report: many hours on two cores.
 #   scripts/paper/all.sh [--size=cpu|full|smoke]     (see common.sh)
 . "$(dirname "$0")/common.sh"
 

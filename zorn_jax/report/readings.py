@@ -214,11 +214,10 @@ def memory_growth(
   return read
 
 
-def _measured(evidence):
-  """Rows of scripts/paper/measure.py, each with its benchmark."""
-  for bench in evidence.benches:
-    if bench.content.get("suite") == "paper":
-      yield from ((row, bench) for row in bench.tables.get("steps", []))
+def _measured(bench):
+  """Rows of scripts/paper/measure.py, if the file has them."""
+  paper = bench.content.get("suite") == "paper"
+  return bench.tables.get("steps", []) if paper else []
 
 
 def overhead_reduction(evidence: Evidence) -> Reading | str:
@@ -226,8 +225,8 @@ def overhead_reduction(evidence: Evidence) -> Reading | str:
   for bench in evidence.benches:
     beside = {
       row["program"]: row["overhead_mb"]
-      for row, other in _measured(evidence)
-      if other is bench and row["case"] == "replication"
+      for row in _measured(bench)
+      if row["case"] == "replication"
     }
     if {"BPTT", "CD-RGE"} <= beside.keys():
       saved = 100 * (1 - beside["CD-RGE"] / beside["BPTT"])
@@ -239,13 +238,14 @@ def step_seconds(
   case: str, program: str, probes: int
 ) -> Callable[[Evidence], Reading | str]:
   """Our time of a step; other devices and batches than theirs forbid more."""
+  names = ("case", "program", "probes", "devices")
+  wanted = (case, program, probes, 1)
 
   def read(evidence):
-    for row, bench in _measured(evidence):
-      wanted = (case, program, probes, 1)
-      if (*map(row.get, ("case", "program", "probes", "devices")),) != wanted:
-        continue
-      if row["ms"]:
+    for bench in evidence.benches:
+      for row in _measured(bench):
+        if tuple(map(row.get, names)) != wanted or not row["ms"]:
+          continue
         low, high = row["ms_quartiles"]
         seconds = Middle(row["ms"] / 1e3, low / 1e3, high / 1e3)
         where = f"batch {row['batch']}, {bench.name}"
