@@ -1,9 +1,11 @@
 """Configs: every mistake is named before anything is compiled."""
 
+import json
+
 import pytest
 import small
 
-from zorn_jax import build, directions
+from zorn_jax import build, directions, probe_map
 
 SHAKESPEARE = small.ROOT / "configs" / "shakespeare.py"
 PAPER = small.ROOT / "configs" / "paper" / "lstm.py"
@@ -44,6 +46,28 @@ def test_wrong_values_are_named(field, value, fact):
   with pytest.raises(ValueError, match=fact) as raised:
     build.experiment(small.config(**{field: value}))
   assert str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+  "variant, overrides, fact",
+  [
+    ("bptt", {}, "of no use to bptt"),
+    (
+      "recipe",
+      {"estimator__name": "forward_gradient", "epsilon": 0.0},
+      "of no use to forward_gradient",
+    ),
+    ("recipe", {"mesh__head": 2}, "of no use on a mesh with mesh.head=2"),
+  ],
+)
+def test_the_kernel_is_refused_where_nothing_is_left_to_it(
+  variant, overrides, fact
+):
+  config = small.config(SHAKESPEARE, variant, **overrides)
+  build.experiment(config)
+  config.model.implementation = "triton"
+  with pytest.raises(ValueError, match=fact):
+    build.experiment(config)
 
 
 def test_fields_that_nothing_reads_are_refused():
@@ -211,3 +235,22 @@ def test_directions_are_deferred_where_nothing_else_forms_them(
     build.experiment(config)
   assert seen == ([deferred, False] if seen else [])
   assert bool(seen) == (config.estimator.direction.name == "rademacher")
+
+
+def test_a_run_is_loaded_with_the_number_of_probes_that_it_noted(
+  tmp_path, monkeypatch
+):
+  config = small.config(estimator__probe_batch=0)
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  sizes, sharded = [], probe_map.sharded
+
+  def spy(mesh, batch_size=None, **options):
+    if "axis" not in options:  # Probes, not rows.
+      sizes.append(batch_size)
+    return sharded(mesh, batch_size, **options)
+
+  monkeypatch.setattr(probe_map, "sharded", spy)
+  build.load(tmp_path)
+  assert sizes[-1] is None
+  build.load(tmp_path, 2)
+  assert sizes[-1] == 2

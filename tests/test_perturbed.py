@@ -170,6 +170,40 @@ def test_a_perturbed_matrix_passes_for_an_array():
   )
 
 
+OPERATORS = {
+  "sums": lambda w, x: 1 + w - x,
+  "products": lambda w, x: 2 * w / x + w * x,
+  "matrix products": lambda w, x: (x.T @ w, w @ x.T),
+  "both perturbed": lambda w, x: w * w - w,
+  "parts": lambda w, x: (w[1], w[:, 2:], w[..., None], list(w), -w, len(w)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("kind", ["low rank", "deferred"])
+@pytest.mark.parametrize("other", [jnp.asarray, np.asarray])
+def test_operators_see_an_array(name, kind, other):
+  w = perturb(4, (3, 5), 1)
+  if kind == "deferred":
+    direction = directions.rademacher(deferred=True)
+    key = jax.random.key(0)
+    w = direction.perturb(w.value, direction.sample(key, w.value), 0.3)
+    assert perturbed.is_deferred(w)
+  x = other(array(1, (3, 5)))
+  found, wanted = (
+    OPERATORS[name](leaf, x) for leaf in (w, perturbed.materialize(w))
+  )
+  for got, want in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_an_unformed_array_lacks_is_said():
+  w = perturb(4, (3, 5), 1)
+  with pytest.raises(AttributeError, match="'sum'.*zorn_jax.materialize"):
+    w.sum()
+  assert not hasattr(w, "T")
+
+
 def test_a_perturbed_matrix_is_a_tree_of_its_parts():
   w = perturb(1, (4, 5), 2)
   assert len(jax.tree.leaves(w)) == 4

@@ -12,7 +12,7 @@ import jax
 import pytest
 import small
 
-from zorn_jax import build, journal, train as train_module
+from zorn_jax import build, journal, probe_batch, train as train_module
 from zorn_jax.checkpoint import Checkpoints
 from zorn_jax.data import Feed
 from zorn_jax.lock import lock
@@ -335,7 +335,9 @@ def tamper(path):
 
 def test_the_output_is_a_run_of_that_step(workdir, tmp_path, command):
   output = tmp_path / "new" / "output"
+  probe_batch.write(workdir, 2)
   result = command(workdir, "--step=17", f"--output={output}")
+  assert probe_batch.read(output) == 2
   experiment = build.load(output)
   params, step = restore_params(experiment, output)
   assert step == 17 and digest(params) == result["params_digest"]

@@ -255,6 +255,8 @@ def _model(config, vocab_size, layout):
     options["dtype"] = _float_type("model.dtype", options["dtype"])
   if ":" not in name:
     module = _call(models.MODULES, "model", name, options)
+    if options.get("implementation") == "triton":
+      _check_kernel(config.estimator.name, layout)
     return models.shard_heads(module, layout.mesh)
   if layout.mesh.shape["head"] > 1:
     raise ValueError(
@@ -262,6 +264,20 @@ def _model(config, vocab_size, layout):
       f"{name!r} and mesh.head={layout.mesh.shape['head']}. Set mesh.head to 1."
     )
   return models.imported(name, options)
+
+
+def _check_kernel(estimator, layout):
+  """Refuses the kernel where nothing would be left to it."""
+  heads = layout.mesh.shape["head"]
+  for unfit, what in (
+    (estimator in ("bptt", "forward_gradient"), f"to {estimator}"),
+    (heads > 1, f"on a mesh with mesh.head={heads}"),
+  ):
+    if unfit:
+      raise ValueError(
+        f"the LSTM kernel is of no use {what}, got model.implementation="
+        "'triton'. Set it to None or 'xla'."
+      )
 
 
 def _float_type(name, value):

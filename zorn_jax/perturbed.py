@@ -22,6 +22,7 @@ class _Leaf:
   """What stands for an array: its shape and type are those of its `value`."""
 
   value: jax.Array
+  __array_priority__ = 100  # NumPy's operators leave it to ours, as `jax` does.
 
   @property
   def shape(self):
@@ -34,6 +35,26 @@ class _Leaf:
   @property
   def dtype(self):
     return self.value.dtype
+
+  def __getattr__(self, name):
+    raise AttributeError(
+      f"{type(self).__name__} has no attribute {name!r}: it stands for an "
+      "array that is not formed. Call zorn_jax.materialize on it first."
+    )
+
+
+def _of_array(name):
+  """An operator of what is formed, as functions of `jnp` are."""
+  return lambda self, *others: getattr(self.__jax_array__(), name)(
+    *materialize(others)
+  )
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul"):
+  for _method in (f"__{_name}__", f"__r{_name}__"):
+    setattr(_Leaf, _method, _of_array(_method))
+for _method in ("__neg__", "__getitem__", "__iter__", "__len__"):
+  setattr(_Leaf, _method, _of_array(_method))
 
 
 @jax.tree_util.register_dataclass

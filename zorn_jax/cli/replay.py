@@ -44,7 +44,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 def main(argv) -> int:
   del argv
   workdir = pathlib.Path(_WORKDIR.value)
-  experiment = build.load(workdir, probe_batch.read(workdir))
+  noted = probe_batch.read(workdir)
+  experiment = build.load(workdir, noted)
   if not experiment.method.recall:
     raise ValueError(
       f"the run in {str(workdir)!r} has no journal: its steps cannot be "
@@ -107,6 +108,8 @@ def main(argv) -> int:
     output.mkdir(parents=True)
     for name in (CONFIG_NAME, TEXT_NAME):
       shutil.copy(workdir / name, output / name)
+    if noted:
+      probe_batch.write(output, noted)
     Checkpoints(output / CHECKPOINTS_NAME).save(step, state, {})
   if _JSON.value:
     print(json.dumps(result))
