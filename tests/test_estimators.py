@@ -231,7 +231,7 @@ def test_the_error_follows_the_law_of_its_directions(direction, law):
 
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 def test_a_cubic_is_smoothed_as_its_directions_say(kind):
-  r"""Reference.md 1.2, exact where the fourth derivative is zero.
+  r"""The laws are exact where the fourth derivative is zero.
 
   Normal directions: the gradient of f + ε²/2 tr ∇²f. Signs: as much, less
   ε²/3 ∂_iii f.

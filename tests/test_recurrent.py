@@ -8,7 +8,7 @@ import pytest
 from zorn_jax import directions, models, perturbed, tiles
 from zorn_jax.models import cells, inputs, population, recurrent
 
-# Bounds of STYLE.md, times the square root of the longest reduction.
+# Times the square root of the longest reduction.
 ATOL = {jnp.float32: 5e-7, jnp.bfloat16: 2e-3}
 
 

@@ -1,12 +1,13 @@
 # Sourced by the scripts beside it: their arguments, and what they share. A script
 # sets `takes` to the names of those that are its own, given as --NAME=VALUE.
-#   --size=cpu     at most half an hour on two cores; without a GPU the default
+#   --size=cpu     half an hour on two quiet cores, an hour of dnc_log and table2,
+#                  many of all; without a GPU the default
 #   --size=full    for a GPU; the default where there is one
 #   --size=smoke   a minute or two: whether all runs, not what it finds
-#   PYTHON         one that has zorn_jax with its extra plot (python)
+#   PYTHON         one that has zorn_jax[plot,text] (python)
 #   ZORN_RUNS      folder in which NAME-SIZE is made (runs/paper)
-# A script that was interrupted goes
-# on where it was when it is started again, and ends with report.html there.
+# A script that was interrupted goes on where it was when it is started again, and
+# ends with report.html there.
 set -euo pipefail
 trap 'exit 130' INT TERM
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
