@@ -129,10 +129,10 @@ def table(record):
 
 
 _REMARK = """
-Columns are learning rates. A backward pass counts as two forward ones. In steps
-CD-RGE with 96 probes needs 1.8 times as many as BPTT with plain SGD at a rate of
-0.1, the largest here, and a hundred times the passes; at 0.3 such BPTT needs 13 or
-14 (docs/paper.md). With AdamW it is done in a few steps.
+Columns are learning rates. A backward pass counts as two forward ones. CD-RGE
+with 96 probes needs 1.8 times the steps of BPTT with plain SGD at a rate of
+0.1, the largest here, and a hundred times the passes; at 0.3 such BPTT needs 13
+or 14 (docs/paper.md). With AdamW it is done in a few steps.
 """
 
 

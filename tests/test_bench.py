@@ -287,6 +287,13 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert numbers and all(math.isfinite(x) and x > 0 for x in numbers)
 
 
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
+  path = tmp_path / "none" / "a.json"
+  done = small.run(*small.command("bench", "--suite=step", f"--output={path}"))
+  assert done.returncode == 1 and not done.stdout
+  assert f"cannot write to the output '{path}'" in done.stderr
+
+
 def test_results_survive_json(idle, monkeypatch):
   monkeypatch.setattr(
     timing, "fastest", lambda runs, repeats: (1, dict.fromkeys(runs, 0.5))

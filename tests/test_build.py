@@ -15,6 +15,7 @@ PAPER = small.ROOT / "configs" / "paper" / "lstm.py"
   "field, value, fact",
   [
     ("steps", 0, "steps must be positive, got 0"),
+    ("seed", 2**63, "seed must have 64 bits at most, got 9223372036854775808"),
     ("batch_size", -1, "batch_size must be positive, got -1"),
     ("num_probes", 0, "num_probes must be positive, got 0"),
     ("epsilon", 0.0, "epsilon must be positive, got 0.0"),

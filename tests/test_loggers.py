@@ -5,9 +5,10 @@ import shutil
 import sys
 import types
 
+import jax.numpy as jnp
 import pytest
 
-from zorn_jax import loggers, plots
+from zorn_jax import loggers, plots, train, workdir
 
 
 def write(workdir, first_step, steps):
@@ -75,6 +76,49 @@ def test_a_directory_is_one_run_of_wandb(tmp_path, monkeypatch):
 def test_unknown_logger_is_named():
   with pytest.raises(ValueError, match="unknown logger 'paper'"):
     loggers.check(("paper",))
+
+
+def test_only_training_takes_time(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(
+    train, "_tokens", lambda experiment, state, step: 8 * step
+  )
+  meter, state = train._Meter(None, (), 0, 5.0), jnp.zeros(())
+
+  def train_for(seconds):
+    now[0] += seconds
+
+  train_for(2.0)
+  assert meter.read(state, 1)["seconds"] == 7.0
+  train_for(1.0)
+  with meter.paused(state):
+    now[0] += 50.0  # An evaluation, before a line or after it.
+  train_for(3.0)
+  read = meter.read(state, 3)
+  assert read["seconds"] == 11.0 and read["tokens_per_second"] == 16 / 4
+  with meter.paused(state):
+    now[0] += 9.0
+  meter.restart(state, 2)
+  now[0] += 1.0
+  assert meter.read(state, 3)["seconds"] == 12.0
+
+
+def test_a_logger_without_its_package_is_refused(monkeypatch):
+  loggers.check(("tensorboard",))
+  monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="needs the package tensorboardX"):
+    loggers.check(("tensorboard",))
+
+
+def test_a_run_may_go_on_with_other_loggers(tmp_path):
+  config = {"seed": 0, "loggers": ["wandb"], "mesh": {"probe": 1}}
+  other = config | {"loggers": [], "mesh": {"probe": 2}}
+  workdir.claim(tmp_path, config)
+  workdir.claim(tmp_path, other)
+  assert workdir.fingerprint(config, "") == workdir.fingerprint(other, "")
+  with pytest.raises(ValueError, match="differs in seed"):
+    workdir.claim(tmp_path, config | {"seed": 1})
 
 
 def test_plot_shows_both_curves(tmp_path):

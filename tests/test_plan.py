@@ -173,6 +173,16 @@ def test_planned_bytes_are_those_of_the_compiled_step(name):
     assert moved == 4 * 16 * 2
 
 
+def test_with_a_curriculum_products_are_those_of_the_longest_sequences():
+  start = {"curriculum__start": 2, "curriculum__maximum": 3}
+  both = (
+    planned(curriculum__enabled=x, task__max_length=3, **start)
+    for x in (False, True)
+  )
+  fixed, growing = (found["forward_flops_per_step"] for found in both)
+  assert fixed == growing > 0
+
+
 def planned(devices=8, path=small.COPY, arg=None, **overrides):
   overrides = {"mesh__probe": 0} | overrides
   if path == small.COPY:

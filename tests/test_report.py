@@ -784,6 +784,8 @@ def test_the_page_is_a_function_of_what_it_is_made_of(page):
   markdown, pictures = found
   assert re.findall(r"\]\((report-\d+\.svg)\)", markdown) == list(pictures)
   assert len(pictures) == 11  # Of losses, and one of noise.
+  text, pictures = render.as_markdown(page, "my report")
+  assert "](my%20report-1.svg)" in text and "my report-1.svg" in pictures
   for section in page.sections:
     assert f"## {section.title}" in markdown
 

@@ -345,6 +345,27 @@ def test_one_text_has_no_heading(command):
   assert command(*args)[0] == "\nabcd\n"
 
 
+@pytest.mark.parametrize(
+  ("prompt", "tokens", "text"),
+  [
+    ([0, 1], [2, 3], " of men"),  # Alone it is trimmed.
+    ([4], [1], " king"),
+    ([5], [6, 7], "é"),  # What was half a letter before.
+  ],
+)
+def test_a_text_is_what_follows_the_prompt(prompt, tokens, text):
+  pieces = [b"the", b" king", b" of", b" men", b"\n", b"\xc3", b"\xc3", b"\xa9"]
+
+  def decode(ids):
+    whole = b"".join(pieces[i] for i in ids)
+    return whole.decode(errors="replace").lstrip(" ")
+
+  vocabulary = types.SimpleNamespace(decode=decode)
+  assert cli._continuation(vocabulary, np.array(prompt), np.array(tokens)) == (
+    text
+  )
+
+
 def test_several_prompts(command, tmp_path):
   path = tmp_path / "prompts.txt"
   path.write_text("cd\nx-\n")

@@ -18,7 +18,7 @@ import small
 import yaml
 
 from zorn_jax import sweep
-from zorn_jax.cli import _grid
+from zorn_jax.cli import _grid, _run
 from zorn_jax.lock import lock
 
 # ml_collections loads configs in a way that Python deprecates.
@@ -219,6 +219,43 @@ def test_wrong_grids_are_refused(texts, message):
   with pytest.raises(ValueError, match=message) as refusal:
     grid_of(*texts, overrides={"steps": "4"})
   assert "\n" not in str(refusal.value)
+
+
+@old_loader
+def test_fields_that_stand_for_one_value_are_refused():
+  path = f"{small.ROOT / 'configs' / 'paper' / 'lstm.py'}:tiny"
+  base = small.config(small.ROOT / "configs" / "paper" / "lstm.py").to_dict()
+  resolve = lambda overrides, *texts: _grid.resolve(
+    path, overrides, base, texts
+  )
+  given = "learning_rate=0.1,0.2"
+  assert resolve({}, given)["learning_rate"] == [0.1, 0.2]
+  for overrides, texts in (
+    ({}, (given, "epsilon=0.1")),
+    ({"epsilon": "0.01"}, (given,)),
+    ({"learning_rate": "0.01"}, ("epsilon=0.1",)),
+  ):
+    with pytest.raises(ValueError, match="they stand for one value. Give one"):
+      resolve(overrides, *texts)
+  config = _run.config_of(_grid._flags(path, {"epsilon": "0.3"}))
+  assert config.learning_rate == config.epsilon == 0.3
+
+
+@old_loader
+def test_none_is_a_value_of_a_field_that_may_lack_one():
+  changes = {"model.implementation": "None"}
+  config = _run.config_of(_grid._flags(str(small.COPY), changes))
+  assert config.model.implementation is None
+  grid = grid_of("model.implementation=None,xla")
+  assert grid == {"model.implementation": [None, "xla"]}
+
+
+@old_loader
+def test_what_is_no_config_is_refused(tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text("def get_config():\n  return {'seed': 0}\n")
+  with pytest.raises(ValueError, match="returns a dict. Return an ml_coll"):
+    _run.config_of(_grid._flags(str(path), {}))
 
 
 def test_the_command_is_that_of_a_single_run(tmp_path):

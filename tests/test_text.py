@@ -209,6 +209,9 @@ def test_a_run_logs_the_losses_on_both_texts(tmp_path):
     for name, value in score(params, experiment.task.splits[split]()).items():
       assert line[f"{split}_{name}"] == pytest.approx(value, rel=1e-6)
   assert 0 <= line["valid_tokens"] - line["train_tokens"] < 4  # Rows.
+  (tmp_path / "text.txt").write_text(corpus_of(2001).train)
+  with pytest.raises(ValueError, match="a run on another text"):
+    restore_params(build.experiment(config), workdir)
 
 
 def test_text_is_solved_by_an_oracle_and_not_by_an_echo():
@@ -623,7 +626,7 @@ def test_cached_and_held_tasks_are_the_same(tmp_path):
       )
     assert held.fingerprint == cached.fingerprint
   files = collections.Counter(path.suffix for path in tmp_path.iterdir())
-  assert files == {".npy": 3, ".sha256": 1}
+  assert files == {".npy": 3, ".sha256": 3}
 
 
 # Fingerprints.
@@ -653,9 +656,11 @@ def test_a_fingerprint_tells_texts_and_tokenizers_apart():
     first,
     make(other, characters).fingerprint,
     make(renamed, swapped).fingerprint,
+    make(corpus._replace(valid=other.train), characters).fingerprint,
+    make(corpus._replace(test=other.train), characters).fingerprint,
     make(corpus, tasks.make_tokenizer("bytes", "")).fingerprint,
   }
-  assert len(found) == 4
+  assert len(found) == 6
   assert tasks.one_batch(make(corpus, same)).fingerprint == first
   assert tasks.copy(1, 2, 1).fingerprint == ""
   assert tasks.random_tokens(1, 2, 2, 1).fingerprint == ""
@@ -1058,8 +1063,8 @@ def test_the_newest_version_is_read(prepared, tmp_path):
 
 def test_a_data_set_that_is_not_prepared_is_refused(prepared, tmp_path):
   message = (
-    r"tfds:lm1b is not prepared in .*data.*task.data_dir, or prepare it with: "
-    r"python -c .*tfds.builder\('lm1b', data_dir=.*array_record"
+    r"tfds:lm1b is not prepared in .*data.*Prepare it with: python -c "
+    r".*tfds.builder\('lm1b', data_dir=.*array_record.*task.data_dir"
   )
   with pytest.raises(ValueError, match=message):
     tasks.load_corpus("tfds:lm1b", data_dir=str(tmp_path / "data"))

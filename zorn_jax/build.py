@@ -182,6 +182,11 @@ def _crowded(made):
 def _experiment(config, layout):
   for name in _POSITIVE:
     _check_positive(name, config[name])
+  if not -(2**63) <= config.seed < 2**63:
+    raise ValueError(
+      f"seed must have 64 bits at most, got {config.seed}. Choose a smaller "
+      "one."
+    )
   task = _task(config)
   model = _model(config, len(task.vocabulary), layout)
   factor = _schedule(config)

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: file, terminal, TensorBoard, W&B."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -174,7 +175,7 @@ class WandbLogger:
     self._run.finish()
 
 
-OPTIONAL = ("tensorboard", "wandb")
+OPTIONAL = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # Of packages.
 
 
 def make(
@@ -183,28 +184,28 @@ def make(
   """The file and the terminal, and the optional loggers in `names`.
 
   Raises:
-    ValueError: If a logger is unknown or its package is not installed.
+    ValueError: As :func:`check` does.
   """
+  check(names)
   loggers: list[Logger] = []
-  try:
-    if "tensorboard" in names:
-      loggers.append(TensorBoardLogger(workdir))
-    if "wandb" in names:
-      loggers.append(WandbLogger(workdir, config))
-  except ImportError as error:
-    raise ValueError(
-      f"the logger needs the package {error.name}, which is not installed. "
-      "Run: pip install 'zorn_jax[log]'."
-    ) from error
+  if "tensorboard" in names:
+    loggers.append(TensorBoardLogger(workdir))
+  if "wandb" in names:
+    loggers.append(WandbLogger(workdir, config))
   loggers.append(JsonlLogger(workdir, first_step))
   loggers.append(TerminalLogger(first_step, steps))
   return loggers
 
 
 def check(names) -> None:
-  """Raises ValueError if a name is not an optional logger."""
+  """Raises ValueError if a logger is unknown or its package not installed."""
   for name in names:
     if name not in OPTIONAL:
       raise ValueError(
         f"unknown logger {name!r}. Choose among {', '.join(OPTIONAL)}."
+      )
+    if importlib.util.find_spec(OPTIONAL[name]) is None:
+      raise ValueError(
+        f"the logger needs the package {OPTIONAL[name]}, which is not "
+        "installed. Run: pip install 'zorn_jax[log]'."
       )

@@ -216,8 +216,9 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
   Returns:
     `parameters`, of all devices; `forward_passes_per_step`, of all devices, a
-    backward pass counted as two; `forward_flops_per_step`, of all matrix
-    products in the queries (for BPTT also those of the backward passes);
+    backward pass counted as two; `forward_flops_per_step`, of one device's
+    matrix products in the queries, for sequences of full length (for BPTT also
+    those of the backward passes);
     `peak_bytes_estimate`, by :func:`memory`;
     `collective_bytes_per_step`, which all collectives give to a device;
     `expected_cosine` of estimate and gradient, √(n/(n+d)) for n directions and
@@ -254,13 +255,22 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   return {
     "parameters": _size(state.params),
     "forward_passes_per_step": method.passes_per_step,
-    "forward_flops_per_step": sum(cost(x).flops for x in traced.all[:-1]),
+    "forward_flops_per_step": _forward_flops(experiment),
     "peak_bytes_estimate": _memory(experiment, traced).peak,
     "collective_bytes_per_step": updates[layout.update]["bytes"],
     "expected_cosine": math.sqrt(n / (n + d)) if d else 1.0,
     "mesh": dict(layout.mesh.shape),
     "updates": updates,
   }
+
+
+def _forward_flops(experiment) -> int:
+  """Of the queries; with a curriculum, of its longest sequences."""
+  longest = experiment._replace(
+    watch=experiment.watch._replace(curriculum=None)
+  )
+  traced = _trace(longest)
+  return sum(cost(x).flops for x in traced.all[:-1])
 
 
 class _Arithmetic(NamedTuple):

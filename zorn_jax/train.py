@@ -35,6 +35,7 @@ from zorn_jax.workdir import (
   CHECKPOINTS_NAME,
   CONFIG_NAME,
   JOURNAL_NAME,
+  check_text,
   claim,
   fingerprint,
   make,
@@ -233,8 +234,10 @@ def restore_params(
   """The parameters of a run's newest or best checkpoint, and its step.
 
   Raises:
-    ValueError: If there is no readable checkpoint.
+    ValueError: If there is no readable checkpoint, or the text of the
+      experiment is not that of the run.
   """
+  check_text(workdir, experiment.task.fingerprint)
   checkpoints = Checkpoints(workdir / CHECKPOINTS_NAME)
   template = programs(experiment).template.params
   restored = checkpoints.restore_params(template, "best" if best else None)
@@ -310,15 +313,17 @@ def _loop(run, state, step, saved, ranks):
         values["signal_to_noise"] = float(ratio)
       values |= meter.read(state, step)
     if due(experiment.evaluate_every):
-      for split, held in run.splits.items():
-        scores = score(state.params, held)
-        values |= {f"{split}_{name}": x for name, x in scores.items()}
+      with meter.paused(state):
+        for split, held in run.splits.items():
+          scores = score(state.params, held)
+          values |= {f"{split}_{name}": x for name, x in scores.items()}
     if values:
       for logger in run.logs:
         logger.log(step, values)
     if saving:
       saved, rollbacks, ranks = step, 0, _rank_by(values)
-      _save(run, step, state, ranks)
+      with meter.paused(state):
+        _save(run, step, state, ranks)
   if saved != step and not bool(state.control.exploded):
     _save(run, step, state, {})
   return step
@@ -457,7 +462,8 @@ class _Meter:
   """Counts forward tokens and time.
 
   The tokens are those of the steps that the parameters are made of; what was
-  rolled back or searched for counts in the time alone.
+  rolled back or searched for counts in the time alone. Evaluations and
+  checkpoints count in neither.
   """
 
   def __init__(self, experiment, state, step, seconds):
@@ -470,6 +476,15 @@ class _Meter:
     now = time.monotonic()
     self._seconds += now - self._last[0]
     self._last = (now, _tokens(self._experiment, state, step))
+
+  @contextlib.contextmanager
+  def paused(self, state):
+    """Leaves out the time of what is done with a state between two steps."""
+    jax.block_until_ready(state)
+    start = time.monotonic()
+    yield
+    since, tokens = self._last
+    self._last = (since + time.monotonic() - start, tokens)
 
   def read(self, state, step):
     before, last_tokens = self._last

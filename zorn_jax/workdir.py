@@ -44,8 +44,8 @@ def claim(
 
   Args:
     workdir: An existing directory, which this process has locked.
-    config: Plain values, as they are written to `config.json`; "mesh" may
-      change when a run is resumed.
+    config: Plain values, as they are written to `config.json`; "mesh" and
+      "loggers" may change when a run is resumed.
     text: The fingerprint of the task, that of its text.
   Raises:
     ValueError: If the directory cannot be written or belongs to a run with
@@ -66,6 +66,11 @@ def claim(
       f"in {', '.join(differences)}. Use another workdir, or the same config "
       "to resume."
     )
+  check_text(workdir, text)
+
+
+def check_text(workdir: pathlib.Path, text: str) -> None:
+  """Raises ValueError if a run is on another text than that of this digest."""
   if (workdir / TEXT_NAME).read_text() != text:
     raise ValueError(
       f"the workdir {str(workdir)!r} belongs to a run on another text, or one "
@@ -91,7 +96,7 @@ def fingerprint(config: dict[str, Any], text: str) -> str:
   """What a run is: 64 hexadecimal digits of its config and its text.
 
   Args:
-    config: Plain values; "mesh" does not count.
+    config: Plain values; "mesh" and "loggers" do not count.
     text: The fingerprint of the task.
   """
   identity = json.dumps([_identity(config), text], sort_keys=True)
@@ -100,7 +105,11 @@ def fingerprint(config: dict[str, Any], text: str) -> str:
 
 def _identity(config):
   """The config without what may change when a run is resumed."""
-  return {name: value for name, value in config.items() if name != "mesh"}
+  return {
+    name: value
+    for name, value in config.items()
+    if name not in ("mesh", "loggers")
+  }
 
 
 def _differences(found, wanted, prefix=""):

@@ -10,6 +10,7 @@
 # ends with report.html there.
 set -euo pipefail
 trap 'exit 130' INT TERM
+from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 fail() {
@@ -41,6 +42,13 @@ if [[ -z $size ]]; then
 fi
 at_once=()  # One run per GPU.
 if [[ $size == cpu ]]; then at_once=(--at_once=2); fi
+# PATH: as it was meant where the script was called.
+absolute() {
+  if [[ $1 == /* ]]; then echo "$1"; else echo "$from/$1"; fi
+}
+
+if [[ ${ZORN_RUNS:-} ]]; then ZORN_RUNS=$(absolute "$ZORN_RUNS"); fi
+if [[ ${PYTHON:-} == */* ]]; then PYTHON=$(absolute "$PYTHON"); fi
 work=${ZORN_RUNS:-runs/paper}/$(basename "$0" .sh)-$size
 python=${PYTHON:-python}
 mkdir -p "$work"

@@ -35,7 +35,8 @@ for name in "${tasks[@]}"; do
 done
 text=(--config.evaluate_every=25 --config.log_every=25)
 if [[ ${given[ptb]:-} ]]; then
-  text+=(--config.task.source="ptb:${given[ptb]}" --config.task.errors=strict)
+  text+=(--config.task.source="ptb:$(absolute "${given[ptb]}")")
+  text+=(--config.task.errors=strict)
 fi
 sweep text-adam shakespeare.py:bptt "${text[@]}" \
   --config.steps=$((2 * texts)) --grid=learning_rate=$adam "$seeds"

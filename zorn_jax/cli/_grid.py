@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from zorn_jax import sweep
+from zorn_jax.cli import _run
 
 
 def text(value: Any) -> str:
@@ -71,6 +72,9 @@ def resolve(
         f"the grid of {field} has the value {twice[0]!r} twice. Name it once."
       )
     grid[field] = values
+  for point in sweep.points(grid):  # Fields that are one are refused.
+    changes = {field: text(value) for field, value in point.items()}
+    _run.config_of(_flags(path, overrides | changes))
   return grid
 
 
@@ -103,20 +107,26 @@ def _names(tree, prefix=""):
 
 def _parsed(path, overrides, base, field, value):
   """A value of a field, read by the flags of a config."""
-  argv = ["sweep", f"--config={path}"]
-  changes = overrides | {field: value}
-  argv += [f"--config.{name}={x}" for name, x in changes.items()]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, flag_values=values, sys_argv=argv
-  )
   read = lambda tree: functools.reduce(operator.getitem, field.split("."), tree)
   try:
-    values(argv)
-    return read(values["config"].value.to_dict())
+    values = _flags(path, overrides | {field: value})
+    found = read(values["config"].value.to_dict())
+    return None if found == "None" else found
   except (flags.Error, SyntaxError, TypeError, ValueError) as error:
     kind = type(read(base)).__name__
     raise ValueError(
       f"the field {field} takes values of type {kind}, got {value!r}. Correct "
       "the grid."
     ) from error
+
+
+def _flags(path, changes):
+  """The flags of `cli.train` with these changes of its config."""
+  argv = ["sweep", f"--config={path}"]
+  argv += [f"--config.{name}={x}" for name, x in changes.items()]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, flag_values=values, sys_argv=argv
+  )
+  values(argv)
+  return values

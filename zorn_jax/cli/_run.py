@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
 
 
 def run(main: Callable[[list[str]], int | None], *required: str) -> None:
@@ -38,6 +40,40 @@ def run(main: Callable[[list[str]], int | None], *required: str) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def config_of(values: flags.FlagValues = flags.FLAGS) -> ConfigDict:
+  """The config of the flag --config, with the text None for no value.
+
+  Args:
+    values: The flags, parsed.
+  Raises:
+    ValueError: If it is no ConfigDict, or a field has another value than its
+      own flag says, as it stands for the same as another.
+  """
+  flag = values["config"]
+  config = flag.value
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f"get_config() of the config returns a {type(config).__name__}. Return "
+      "an ml_collections.ConfigDict."
+    )
+  given = config_flags.get_override_values(flag)
+  for name, value in given.items():
+    if isinstance(value, (dict, ConfigDict)):
+      continue
+    if value == "None":
+      config.update_from_flattened_dict({name: None})
+      continue
+    found = config_path.get_value(name, config)
+    if found == value or value != value:  # NaN, which is refused later.
+      continue
+    others = [x for x in given if x != name and given[x] == found]
+    raise ValueError(
+      f"config.{name} is given as {value}, but is {found} like config."
+      f"{' and config.'.join(others)}: they stand for one value. Give one."
+    )
+  return config
+
+
 def command() -> str:
   """This command, as it can be given again."""
   name = pathlib.Path(sys.argv[0]).stem.removeprefix("zorn-")
@@ -63,7 +99,9 @@ def _parse(argv):
     root = error
     while root.__cause__ or root.__context__:
       root = root.__cause__ or root.__context__
-    if isinstance(root, (AttributeError, KeyError)):
+    if "'get_config'" in str(root):
+      fact = "the config file has no function get_config"
+    elif isinstance(root, (AttributeError, KeyError)):
       fact = f"the config has no field {root}"
     else:
       # Wrapped in several lines, of which the first names the flag.

@@ -16,6 +16,7 @@ that take turns, in brackets their quartiles.
 """
 
 import json
+import os
 import pathlib
 
 from absl import flags
@@ -35,12 +36,20 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON object.")
 
 def main(argv) -> int:
   del argv
+  path = pathlib.Path(_OUTPUT.value or ".")
+  if path.is_dir() == bool(_OUTPUT.value) or not os.access(
+    path.parent, os.W_OK
+  ):
+    raise ValueError(
+      f"cannot write to the output {str(path)!r}. Name a file in a folder that "
+      "is there and can be written to."
+    )
   cores.use()
   result = report.measure(_SUITE.value, _PEERS.value, _QUICK.value)
   result["machine"]["command"] = _run.command()
   text = json.dumps(result)
   if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(f"{text}\n")
+    path.write_text(f"{text}\n")
   print(text if _JSON.value else report.as_text(result))
   return 0
 

@@ -20,7 +20,7 @@ from zorn_jax import build, cores, memory, probe_batch
 from zorn_jax.cli import _run
 from zorn_jax.plan import plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+config_flags.DEFINE_config_file("config", None, "Config file.")
 _DEVICES = flags.DEFINE_integer(
   "devices",
   None,
@@ -42,14 +42,19 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 def main(argv) -> int:
   del argv
   cores.use()
-  config, devices = _CONFIG.value, _DEVICES.value
+  config, devices = _run.config_of(), _DEVICES.value
   if devices is None:
-    wanted = (max(1, config.mesh[axis]) for axis in ("probe", "data", "head"))
-    devices = math.prod(wanted)
+    wanted = config.get("mesh", {})
+    axes = (max(1, wanted.get(axis, 1)) for axis in ("probe", "data", "head"))
+    devices = math.prod(axes)
     devices = devices if devices > jax.device_count() else 0
   elif devices < 1:
     raise ValueError(
       f"devices must be at least 1, got {devices}. Choose how many to plan for."
+    )
+  if _MEMORY.value is not None and not _MEMORY.value > 0:
+    raise ValueError(
+      f"memory must be positive, got {_MEMORY.value}. Give bytes, such as 80e9."
     )
   experiment = build.experiment(config, num_devices=devices)
   batching = build.batching(config, experiment)

@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 from absl import flags
 
 from zorn_jax import build
@@ -39,7 +40,9 @@ _TOP_P = flags.DEFINE_float(
   "Draws among the fewest likeliest tokens that have probability p only; 1 "
   "for all.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the draws.", -(2**63), 2**63 - 1
+)
 
 
 def main(argv) -> int:
@@ -62,10 +65,11 @@ def main(argv) -> int:
   params, _ = restore_params(experiment, workdir, best=_BEST.value)
   vocabulary = experiment.task.vocabulary
   _warn_of_unknown(vocabulary, prompts)
+  encoded = vocabulary.encode_all(prompts)
   tokens = sample(
     experiment.model,
     params,
-    align(vocabulary.encode_all(prompts)),
+    align(encoded),
     decoding,
     _LENGTH.value,
     jax.random.key(_SEED.value),
@@ -74,8 +78,19 @@ def main(argv) -> int:
   for row, prompt in enumerate(prompts):
     for number in range(_NUM_SAMPLES.value):
       _print_heading(row, number, len(prompts))
-      print(prompt + vocabulary.decode(tokens[row, number]))
+      print(
+        prompt + _continuation(vocabulary, encoded[row], tokens[row, number])
+      )
   return 0
+
+
+def _continuation(vocabulary, prompt, tokens):
+  """The text of tokens behind a prompt; alone, some tokenizers trim it."""
+  read = vocabulary.decode(prompt)
+  whole = vocabulary.decode(np.concatenate([prompt, tokens]))
+  if not whole.startswith(read):  # It ends within a character, perhaps.
+    return vocabulary.decode(tokens)
+  return whole[len(read) :]
 
 
 def _prompts():

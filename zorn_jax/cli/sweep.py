@@ -17,7 +17,7 @@ from zorn_jax import sweep
 from zorn_jax.cli import _grid, _run
 from zorn_jax.lock import lock
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+config_flags.DEFINE_config_file("config", None, "Config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.")
 _GRID = flags.DEFINE_multi_string(
   "grid", None, "A field of the config and its values; may be repeated."
@@ -52,7 +52,7 @@ def main(argv) -> int:
     field: _grid.text(value)
     for field, value in config_flags.get_override_values(flag).items()
   }
-  base = _CONFIG.value.to_dict()
+  base = _run.config_of().to_dict()
   grid = _grid.resolve(path, overrides, base, _GRID.value)
   runs = [_grid.run_at(path, overrides, base, x) for x in sweep.points(grid)]
   source = {"config": path, "overrides": overrides}

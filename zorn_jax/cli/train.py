@@ -24,7 +24,7 @@ from zorn_jax.bench import machine
 from zorn_jax.cli import _run
 from zorn_jax.train import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+config_flags.DEFINE_config_file("config", None, "Config file.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run, which all of its processes share."
 )
@@ -48,7 +48,7 @@ _PACKAGES = ("zorn_jax", "flax", "ml_collections", "numpy", "optax")
 
 def main(argv) -> int:
   del argv
-  config = _CONFIG.value
+  config = _run.config_of()
   workdir = pathlib.Path(_WORKDIR.value)
   with processes.started(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -56,16 +56,15 @@ def main(argv) -> int:
     processes.agree(_facts(config.to_dict(), workdir))
     if not processes.is_first() and not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # The first says it for all.
-    loggers.check(config.loggers)
     experiment = build.experiment(config)
+    names = config.get("loggers", ())
+    loggers.check(names)
     if processes.is_first() and jax.device_count() > 1:
       print(mesh.describe(experiment.layout), file=sys.stderr)
     batching = build.batching(config, experiment)
     start = machine.describe()
     start |= {"command": _run.command(), "commit": _run.commit()}
-    train(
-      experiment, workdir, config.to_dict(), config.loggers, batching, start
-    )
+    train(experiment, workdir, config.to_dict(), names, batching, start)
   return 0
 
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import pathlib
+import urllib.parse
 
 from zorn_jax.report import claims, document as documents
 from zorn_jax.report.document import (
@@ -166,7 +167,7 @@ def as_markdown(document: Document, stem: str) -> tuple[str, dict[str, str]]:
         for picture in block.pictures:
           name = f"{stem}-{len(pictures) + 1}.svg"
           pictures[name] = picture.svg
-          lines.append(f"![{picture.alt}]({name})")
+          lines.append(f"![{picture.alt}]({urllib.parse.quote(name)})")
   return "\n".join(lines) + "\n", pictures
 
 

@@ -339,8 +339,9 @@ def _prepared(name, data_dir):
       f"Name one, as in tfds:{name}/{min(configs)}."
     )
   raise ValueError(
-    f"tfds:{name} is not prepared in {str(root)!r}. Name its task.data_dir, or "
-    f"prepare it with: {_command(name, root)}."
+    f"tfds:{name} is not prepared in {str(root)!r}. Prepare it with: "
+    f"{_command(name, root)}. Or name its task.data_dir, a field of "
+    "configs/openwebtext.py."
   )
 
 
@@ -364,7 +365,8 @@ def _text_feature(name, features, wanted):
     raise ValueError(
       f"tfds:{name} has no text called {wanted!r}, but "
       f"{', '.join(texts) or 'none at all'}. Name the right one in "
-      "task.feature, or choose another data set."
+      "task.feature, a field of configs/openwebtext.py, or choose another data "
+      "set."
     )
   return wanted
 

@@ -142,7 +142,8 @@ def language_model(
   def refresh(number):
     return _pool(train, number, segment, resident_tokens // segment)
 
-  identity = f"{token_files.digest(train)} {tokenizer.fingerprint}"
+  digests = [token_files.digest(part) for part in tokens.values()]
+  identity = " ".join([*digests, tokenizer.fingerprint])
 
   return Task(
     vocabulary=tokenizer,

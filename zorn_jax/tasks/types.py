@@ -79,7 +79,7 @@ class Task(NamedTuple):
     refresh: (part) -> the data of its steps, a function of its number alone,
       where they do not all fit on the device; `data` is part 0.
     refresh_every: Steps of a part.
-    fingerprint: Digest of the tokens of the training text and of its tokenizer;
+    fingerprint: Digest of the tokens of the texts and of their tokenizer;
       "" where the config alone determines the data.
   """
 
