@@ -495,6 +495,17 @@ def test_sigkill_while_saving(tmp_path, delay_ms):
   assert all(p.name.isdecimal() for p in tmp_path.iterdir())
 
 
+def test_what_was_set_aside_is_forgotten_too(tmp_path):
+  """Killed after a replacement of step 3, before the old copy was removed."""
+  save_steps(tmp_path, [1.0, 2.0, 3.0])
+  shutil.copytree(tmp_path / "3", tmp_path / "3.replaced")
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+  checkpoints.forget(2)
+  checkpoints.save(2, make_state(2), {})
+  assert checkpoints.steps()[-1] == 2
+  checkpoints.close()
+
+
 def test_a_regular_checkpoint_outlives_those_between(tmp_path):
   """What a signal leaves does not push out what a run goes back to."""
   checkpoints = checkpoint.Checkpoints(tmp_path, every=10)

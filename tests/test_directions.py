@@ -1,6 +1,7 @@
 """Directions: their bits, their moments, their keys and their sums."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -337,6 +338,23 @@ def test_sparse_keeps_the_given_share(density):
   assert abs(np.mean(z != 0) - density) <= bound
 
 
+def test_the_rarest_entries_are_as_large_as_they_are_rare():
+  """Of chances of 23 bits, 839 lie below a density of 1e-4, or 838.86."""
+  draw = jax.jit(directions.sparse(1e-4).sample)
+  z = np.asarray(draw(jax.random.key(1), jnp.zeros(10**6)))
+  sizes = np.unique(np.abs(z[z != 0]))
+  np.testing.assert_allclose(sizes**2, 2**23 / 839, rtol=2e-7)
+  values, share = directions.sparse(1e-9), 2.0**-23
+  keys = jax.random.split(jax.random.key(0), 40)
+  square = jax.jit(
+    lambda keys: jax.lax.map(
+      lambda key: jnp.sum(values.sample(key, jnp.zeros(2**21)) ** 2), keys
+    ).sum()
+  )
+  # About ten are not zero.
+  assert 3 < float(square(keys)) * share < 24
+
+
 # Purity and keys.
 
 
@@ -438,7 +456,8 @@ REFERENCE = {
   ),
   "sparse": lambda key, shape: jnp.where(
     jax.random.bernoulli(jax.random.fold_in(key, 1), 0.3, shape),
-    directions.signs(jax.random.fold_in(key, 0), shape) * 0.3**-0.5,
+    directions.signs(jax.random.fold_in(key, 0), shape)
+    * (math.ceil(0.3 * 2**23) / 2**23) ** -0.5,
     0.0,
   ),
 }
@@ -650,6 +669,26 @@ def test_a_mistake_is_named_with_its_remedy(make, message):
 def test_integer_parameters_are_refused():
   with pytest.raises(ValueError, match="got a leaf of int32"):
     directions.rademacher().sample(jax.random.key(0), {"n": jnp.arange(3)})
+
+
+def test_what_is_no_array_or_no_key_is_refused():
+  draw = directions.rademacher().sample
+  with pytest.raises(ValueError, match="must be arrays, got 0.5. Write jnp"):
+    draw(jax.random.key(0), {"w": 0.5})
+  with pytest.raises(ValueError, match="of threefry2x32, got 7. Make keys by"):
+    directions.check_key(7)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
+def test_leaves_without_elements_have_directions(shape):
+  leaf = jnp.zeros(shape)
+  for name in KINDS:
+    z = perturbed.materialize(
+      KINDS[name].perturb(
+        leaf, KINDS[name].sample(jax.random.key(0), leaf), 1.0
+      )
+    )
+    assert z.shape == shape
 
 
 def test_blocks_of_huge_leaves_have_counters_of_two_words():

@@ -557,6 +557,8 @@ def test_no_finite_loss_makes_no_step(row):
     ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
     ({"epsilon": -0.1}, "epsilon must be positive, got -0.1"),
     ({"epsilon": float("nan")}, "epsilon must be positive, got nan"),
+    ({"epsilon": 1e-50}, "epsilon must be finite in float32, got 1e-50"),
+    ({"epsilon": 1e39}, "epsilon must be finite in float32, got 1e.39"),
     ({"num_probes": 0}, "num_probes must be at least 1, got 0"),
     ({"shaping": "rank"}, "unknown shaping 'rank'.*'none', 'ranks'"),
   ],

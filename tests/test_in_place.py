@@ -237,6 +237,33 @@ def test_an_estimate_without_blocks_is_refused():
       zorn_jax.update_in_place(estimator, optimizer, *args)
 
 
+def test_labels_by_a_function_are_refused():
+  params = {"w": jnp.ones(3), "v": jnp.ones(2)}
+  estimator = zorn_jax.central_difference(0.1, 2)
+  kinds = {"a": optax.sgd(0.1, momentum=0.9), "b": optax.adam(0.1)}
+  labels = {"w": "a", "v": "b"}
+  args = LOSSES[:2], params
+  key = jax.random.key(0)
+  for given, known in (
+    (labels, True),
+    (lambda p: {k: labels[k] for k in p}, 0),
+  ):
+    optimizer = optax.multi_transform(kinds, given)
+    rest = optimizer.init(params), (), key
+    if known:
+      zorn_jax.update_in_place(estimator, optimizer, *args, *rest)
+      continue
+    with pytest.raises(ValueError, match="labels as a tree, not as a function"):
+      zorn_jax.update_in_place(estimator, optimizer, *args, *rest)
+
+
+def test_no_parameters_are_updated():
+  optimizer, estimator = optax.adam(0.1), zorn_jax.central_difference(0.1, 2)
+  args = LOSSES[:2], {}, optimizer.init({}), (), jax.random.key(0)
+  params, *_ = zorn_jax.update_in_place(estimator, optimizer, *args)
+  assert params == {}
+
+
 # The step of a run.
 
 

@@ -175,6 +175,8 @@ OPERATORS = {
   "products": lambda w, x: 2 * w / x + w * x,
   "matrix products": lambda w, x: (x.T @ w, w @ x.T),
   "both perturbed": lambda w, x: w * w - w,
+  "powers": lambda w, x: (w**2, abs(w), abs(x) ** w, w // 0.5, w % 0.5),
+  "comparisons": lambda w, x: (w == x, w != 0, w > x, w <= x),
   "parts": lambda w, x: (w[1], w[:, 2:], w[..., None], list(w), -w, len(w)),
 }
 

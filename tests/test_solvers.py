@@ -836,6 +836,34 @@ def test_without_slopes_no_probe_gets_longer_and_inner_states_go_on():
   assert int(state.inner.step) == 2 and int(state.inner.counts.sum()) == 4
 
 
+def test_what_overflows_is_not_learned():
+  row = adaptive(0.5, 1)
+  update, params, key = quick(row.update), jnp.zeros(5), jax.random.key(0)
+  state = row.init(params)
+  _, state = update(jnp.asarray([[2.0, 1.0]]), params, state, key)
+  grads, after = update(jnp.asarray([[1e20, 0.0]]), params, state, key)
+  assert np.all(np.isfinite(grads)) and np.abs(grads).min() > 2e19
+  np.testing.assert_array_equal(after.moment, state.moment)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["spsa1_5", "spsa2"])
+def test_a_probe_without_its_curvature_is_dropped(name, bad):
+  """The other counts whole, not half."""
+  row = getattr(estimators, name)
+  update = quick(row(0.5, 2, batch_per_probe=True).update)
+  columns, params = ROWS[name].columns, jnp.zeros(5)
+  losses = np.random.default_rng(3).normal(size=(2, columns)).astype("f4")
+  found = []
+  for column in range(columns):
+    broken = losses.copy()
+    broken[1, column] = bad
+    found.append(update(broken, params, (), jax.random.key(0))[0])
+  assert found[0].any()
+  for grads in found[1:]:
+    np.testing.assert_array_equal(grads, found[0])
+
+
 # Forward mode.
 
 

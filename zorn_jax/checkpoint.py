@@ -146,6 +146,7 @@ class Checkpoints:
     """Removes the checkpoints of later steps, on all hosts together."""
 
     def remove():
+      self._mend()  # Else what was set aside would come back.
       for step in self.steps():
         if step > after:
           shutil.rmtree(self._item(step, ""))

@@ -67,8 +67,11 @@ def check_key(key: types.Key) -> None:
   Other generators draw otherwise under `vmap`: queries and update, of which one
   maps over probes and the other goes through them, would not agree.
   """
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    found = f"an array of {key.dtype}"
+  dtype = getattr(key, "dtype", None)
+  if dtype is None:
+    found = repr(key)
+  elif not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    found = f"an array of {dtype}"
   elif (name := str(jax.random.key_impl(key))) != "threefry2x32":
     found = f"one of {name}"
   else:
@@ -171,7 +174,7 @@ def _signs_of(words: jax.Array, size: int) -> jax.Array:
   """The first signs of every row of words."""
   shifts = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
   bits = (words[..., None] >> shifts) & 1
-  bits = bits.reshape(*words.shape[:-1], -1)[..., :size]
+  bits = bits.reshape(*words.shape[:-1], 32 * words.shape[-1])[..., :size]
   return 1 - 2 * bits.astype(jnp.float32)
 
 
@@ -198,7 +201,12 @@ def normals(key: types.Key, shape: tuple[int, ...], window=None) -> jax.Array:
 def _flatten(params):
   """The leaves in tree order, and the tree's structure."""
   leaves, treedef = jax.tree.flatten(params)
-  for dtype in map(jnp.result_type, leaves):
+  for leaf in leaves:
+    if not hasattr(leaf, "shape"):
+      raise ValueError(
+        f"parameters must be arrays, got {leaf!r}. Write jnp.asarray of it."
+      )
+    dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
         f"parameters must be floating-point, got a leaf of {dtype}. Keep other "
@@ -354,7 +362,8 @@ def sparse(
   Kept entries are divided by √density, so that E[z zᵀ] stays the identity.
 
   Args:
-    density: Expected share of entries that are not zero, in (0, 1].
+    density: Expected share of entries that are not zero, in (0, 1]; rounded up
+      to a multiple of 2^-23.
     base: Name of the dense direction.
     deferred: As in :func:`rademacher`.
   Returns:
@@ -367,12 +376,14 @@ def sparse(
       f"density must lie in (0, 1], got {density}. Choose for example 0.5."
     )
   draw = _draw_of(base)
+  # A chance has 23 bits: this is the share of those below the density.
+  share = math.ceil(float(np.float32(density)) * 2**23) / 2**23
 
   def sparse_draw(key, shape, window=None):
     chance = _between(jax.random.fold_in(key, 1), shape, window, 0, 1)
     values = draw(jax.random.fold_in(key, 0), shape, window)
     kept = chance < np.float32(density)
-    return jnp.where(kept, values * density**-0.5, 0.0)
+    return jnp.where(kept, values * share**-0.5, 0.0)
 
   return _dense(sparse_draw, deferred)
 
@@ -382,7 +393,9 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
 
   Leaves with at least two axes are matrices [..., m, k], each leading index
   with factors of its own; other leaves get the dense direction. For matrices
-  `perturb` returns :class:`zorn_jax.perturbed.Perturbed` leaves. With rank one
+  `perturb` returns :class:`zorn_jax.perturbed.Perturbed` leaves, whose parts
+  are what functions of trees see: a norm of all parameters takes
+  :func:`zorn_jax.materialize` first. With rank one
   and signs, every entry of z is ±1 and the relative squared error of the
   estimate is exactly that of dense signs.
 
@@ -519,7 +532,7 @@ def normalized(direction: Direction, norm: str = "l2") -> Direction:
 
   def stretch(z):
     leaves = jax.tree.leaves(_arrays(z))
-    size = float(sum(leaf.size for leaf in leaves))
+    size = max(1.0, float(sum(leaf.size for leaf in leaves)))
     if norm == "l1":
       ratio = sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves) / size
     else:

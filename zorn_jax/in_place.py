@@ -36,6 +36,9 @@ def apply(
       shape.
   """
   leaves, treedef = jax.tree.flatten(params)
+  if not leaves:
+    _, opt_state = optimizer.update(params, opt_state, params)
+    return params, opt_state, jnp.zeros(())
   values, state_treedef = jax.tree.flatten(opt_state)
   owners = _owners(optimizer, opt_state, treedef)
   for value, owner in zip(values, owners, strict=True):
@@ -121,14 +124,21 @@ def gradient(blocks: types.PyTree, params: types.Params) -> types.Grads:
 def _owners(optimizer, opt_state, treedef):
   """For each leaf of the state the index of its parameter; -1 for others."""
   masked = lambda x: isinstance(x, optax.MaskedNode)
-  owners = optax.tree.map_params(
-    optimizer,
-    lambda x, index: x if masked(x) else index,
-    opt_state,
-    treedef.unflatten(range(treedef.num_leaves)),
-    transform_non_params=lambda x: -1,
-    is_leaf=masked,
-  )
+  try:
+    owners = optax.tree.map_params(
+      optimizer,
+      lambda x, index: x if masked(x) else index,
+      opt_state,
+      treedef.unflatten(range(treedef.num_leaves)),
+      transform_non_params=lambda x: -1,
+      is_leaf=masked,
+    )
+  except TypeError as error:
+    raise ValueError(
+      "an update in blocks needs an optimiser that tells whose its states are, "
+      f"got {error}. Give optax.multi_transform its labels as a tree, not as a "
+      "function."
+    ) from error
   return jax.tree.leaves(owners)
 
 

@@ -50,17 +50,31 @@ def _of_array(name):
   )
 
 
-for _name in ("add", "sub", "mul", "truediv", "matmul"):
+for _name in (
+  "add",
+  "sub",
+  "mul",
+  "truediv",
+  "floordiv",
+  "mod",
+  "pow",
+  "matmul",
+):
   for _method in (f"__{_name}__", f"__r{_name}__"):
     setattr(_Leaf, _method, _of_array(_method))
-for _method in ("__neg__", "__getitem__", "__iter__", "__len__"):
-  setattr(_Leaf, _method, _of_array(_method))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"):
+  setattr(_Leaf, f"__{_name}__", _of_array(f"__{_name}__"))
+for _name in ("getitem", "iter", "len"):
+  setattr(_Leaf, f"__{_name}__", _of_array(f"__{_name}__"))
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Perturbed(_Leaf):
   r"""The matrix :math:`W + s \sum_r a_r b_r^T`, kept as its parts.
+
+  Operators and functions of `jnp` see the matrix, and functions of trees its
+  parts: before a norm of all parameters, say, they are to be materialized.
 
   Attributes:
     value: The unperturbed matrix W, [..., m, k].
@@ -88,7 +102,7 @@ class Perturbed(_Leaf):
   data_fields=["value", "keys", "scales"],
   meta_fields=["draw"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Deferred(_Leaf):
   r"""The array :math:`W + \sum_i s_i z_i`, formed a block at a time.
 

@@ -19,8 +19,8 @@ if [[ $size == cpu ]]; then
   run figure1 --scales=4 --solvers=cd_rge --probes=96 \
     --rates=0.03,0.1,0.3 --steps=60
   run figure1 --scales=4 --solvers=cd_rge --probes=512 --rates=0.03 --steps=50
-  run figure1 --scales=4 --solvers=cd_rge --probes=8 --rates=0.01,0.03 \
-    --steps=100
+  run figure1 --scales=4 --solvers=cd_rge --probes=8 \
+    --rates=0.001,0.003,0.01,0.03 --steps=100
   run figure1 --scales=4 --solvers=spsa1_5 --probes=96 --rates=0.03 --steps=80
 fi
 for name in dnc_log replication smoke smoothing table1 table2; do

@@ -67,11 +67,12 @@ def adaptive(
 
   def update(losses, params, state, key):
     grads, inner = scaled(state).update(losses, params, state.inner, key)
-    moment = jax.tree.map(
-      lambda v, g: decay * v + (1 - decay) * jnp.square(g.astype(jnp.float32)),
-      state.moment,
-      grads,
-    )
+
+    def averaged(v, g):
+      new = decay * v + (1 - decay) * jnp.square(g.astype(jnp.float32))
+      return jnp.where(jnp.isfinite(new), new, v)  # Not what overflows.
+
+    moment = jax.tree.map(averaged, state.moment, grads)
     return grads, AdaptiveState(moment, inner)
 
   return base._replace(init=init, query=query, update=update, blocks=None)
@@ -83,7 +84,7 @@ def _scales(moment):
   The correction for the start at zero is a common factor and cancels.
   """
   leaves = jax.tree.leaves(moment)
-  size = float(sum(leaf.size for leaf in leaves))
+  size = max(1.0, float(sum(leaf.size for leaf in leaves)))
   mean = sum(jnp.sum(leaf) for leaf in leaves) / size
   damping = jnp.where(mean > 0, 1e-2 * mean, 1.0)
   inverse = jax.tree.map(lambda v: 1 / (v + damping), moment)

@@ -52,7 +52,7 @@ def spsa1_5(
     clean, plus, minus = losses.T
     curvature = jnp.abs((plus - clean) - (clean - minus)) / epsilon**2
     slope = (plus - minus) / (2 * epsilon)
-    return slope / _divisor(curvature, exponent, floor)
+    return _divided(losses, slope, curvature, exponent, floor)
 
   probes = stencil.probes(
     epsilon,
@@ -112,7 +112,8 @@ def spsa2(
   def slopes(losses):
     plus, minus, both, less_u, less_z, neither = losses.T
     mixed = jnp.abs((both - less_u) - (less_z - neither)) / (4 * epsilon**2)
-    return (plus - minus) / (2 * epsilon) / _divisor(mixed, exponent, floor)
+    slope = (plus - minus) / (2 * epsilon)
+    return _divided(losses, slope, mixed, exponent, floor)
 
   probes = stencil.probes(
     epsilon,
@@ -128,8 +129,10 @@ def spsa2(
   return stencil.fresh(probes, num_probes)
 
 
-def _divisor(curvature, exponent, floor) -> jax.Array:
-  return jnp.maximum(curvature**exponent, floor)
+def _divided(losses, slope, curvature, exponent, floor) -> jax.Array:
+  """The slopes, shortened; NaN where any loss of a probe is not finite."""
+  slope = slope / jnp.maximum(curvature**exponent, floor)
+  return jnp.where(jnp.isfinite(losses).all(-1), slope, jnp.nan)
 
 
 def _check(exponent, floor):

@@ -37,7 +37,7 @@ def ranks(slopes, counts):
   """The sign of each slope times the rank of its size, in (0, 1]."""
   size = jnp.where(counts, jnp.abs(slopes), -1)  # Those that do not come first.
   rank = jnp.argsort(jnp.argsort(size)) + 1 - jnp.sum(~counts)
-  return jnp.sign(slopes) * rank / jnp.maximum(jnp.sum(counts), 1)
+  return jnp.sign(slopes) * rank * _share(counts)
 
 
 def sign(slopes, counts):
@@ -66,7 +66,16 @@ def coefficients(slopes: jax.Array, shaping: str) -> jax.Array:
   """
   finite = jnp.isfinite(slopes)
   shaped = SHAPINGS[shaping](jnp.where(finite, slopes, 0.0), finite)
-  return jnp.where(finite, shaped, 0.0) / jnp.maximum(jnp.sum(finite), 1)
+  return jnp.where(finite, shaped, 0.0) * _share(finite)
+
+
+def _share(counts):
+  """One over how many count; 1 where none does.
+
+  XLA divides by it, or multiplies, as it finds best: on one device otherwise
+  than on several.
+  """
+  return 1.0 / jnp.maximum(jnp.sum(counts), 1)
 
 
 def check(shaping: str) -> None:

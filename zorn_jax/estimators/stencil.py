@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zorn_jax import directions, probe_map as probe_maps, types
 from zorn_jax.estimators import shaping as shapings
@@ -173,10 +174,14 @@ def probe_keys(key: types.Key, num_probes: int) -> types.Key:
 
 def check(epsilon, num_probes: int, shaping: str) -> None:
   """Raises ValueError for what no estimator takes; a traced ε passes."""
-  if not isinstance(epsilon, jax.Array) and not epsilon > 0:
-    raise ValueError(
-      f"epsilon must be positive, got {epsilon}. Choose for example 1e-2."
-    )
+  if not isinstance(epsilon, jax.Array):
+    with np.errstate(over="ignore"):
+      narrow = np.float32(epsilon)
+    if not 0 < narrow < np.inf:
+      fact = "finite in float32" if epsilon > 0 else "positive"
+      raise ValueError(
+        f"epsilon must be {fact}, got {epsilon}. Choose for example 1e-2."
+      )
   if num_probes < 1:
     raise ValueError(
       f"num_probes must be at least 1, got {num_probes}. Choose for example 96."
