@@ -395,9 +395,9 @@ def low_rank(rank: int = 1, base: str = "rademacher") -> Direction:
   with factors of its own; other leaves get the dense direction. For matrices
   `perturb` returns :class:`zorn_jax.perturbed.Perturbed` leaves, whose parts
   are what functions of trees see: a norm of all parameters takes
-  :func:`zorn_jax.materialize` first. With rank one
-  and signs, every entry of z is ±1 and the relative squared error of the
-  estimate is exactly that of dense signs.
+  :func:`zorn_jax.materialize` first. With rank one and signs, every entry of z
+  is ±1 and the relative squared error of the estimate is exactly that of dense
+  signs.
 
   Args:
     rank: Number r of factor pairs, at least 1.

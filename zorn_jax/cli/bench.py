@@ -36,10 +36,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON object.")
 
 def main(argv) -> int:
   del argv
-  path = pathlib.Path(_OUTPUT.value or ".")
-  if path.is_dir() == bool(_OUTPUT.value) or not os.access(
-    path.parent, os.W_OK
-  ):
+  path = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+  if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
     raise ValueError(
       f"cannot write to the output {str(path)!r}. Name a file in a folder that "
       "is there and can be written to."
@@ -48,7 +46,7 @@ def main(argv) -> int:
   result = report.measure(_SUITE.value, _PEERS.value, _QUICK.value)
   result["machine"]["command"] = _run.command()
   text = json.dumps(result)
-  if _OUTPUT.value:
+  if path:
     path.write_text(f"{text}\n")
   print(text if _JSON.value else report.as_text(result))
   return 0
