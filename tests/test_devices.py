@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 
 @functools.cache
 def trained(**overrides) -> Trained:
-  """Twenty steps."""
+  """Ten steps."""
   overrides = {
     name: dict(x) if isinstance(x, tuple) else x
     for name, x in overrides.items()
@@ -49,7 +49,7 @@ def trained(**overrides) -> Trained:
   parts = programs(experiment)
   feed = Feed(experiment.task, experiment.layout.everywhere)
   state, losses = parts.init(), []
-  for step in range(20):
+  for step in range(10):
     queried, _, aside = parts.query(state, feed.at(step))
     state, _ = parts.update(state, queried, aside)
     losses.append(np.asarray(queried))
@@ -75,12 +75,14 @@ def test_coefficients_are_the_same_on_any_number_of_devices(shaping):
       np.testing.assert_array_equal(found[0], other)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW), 8])
+@pytest.mark.parametrize(
+  "count", [*(pytest.param(k, marks=SLOW) for k in (2, 4)), 8]
+)
 def test_every_loss_is_the_same_on_any_number_of_devices(count):
   one, many = trained(), trained(mesh__probe=count)
   np.testing.assert_array_equal(one.losses, many.losses)
   assert one.digest == many.digest
-  assert len(np.unique(one.losses)) > 900  # Of 20 steps x 24 x 2.
+  assert len(np.unique(one.losses)) > 450  # Of 10 steps x 24 x 2.
 
 
 def test_so_are_those_of_dense_directions():

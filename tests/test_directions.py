@@ -247,7 +247,7 @@ def packed_signs(what):
     first = lambda step: stencil.probe_keys(step_key(step), 1)[0]
     return jax.vmap(lambda step: draw(first(step)))(jnp.arange(64)).T
   if what == "leaves":
-    leaf_keys = directions._leaf_keys(key, [0.0] * 64)
+    leaf_keys = directions._leaf_keys(key, [jnp.zeros(())] * 64)
     return jax.vmap(draw)(jnp.stack(leaf_keys)).T
   assert what == "factors"  # Left and right factors of 32 probes.
   matrix = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
@@ -345,14 +345,14 @@ def test_the_rarest_entries_are_as_large_as_they_are_rare():
   sizes = np.unique(np.abs(z[z != 0]))
   np.testing.assert_allclose(sizes**2, 2**23 / 839, rtol=2e-7)
   values, share = directions.sparse(1e-9), 2.0**-23
-  keys = jax.random.split(jax.random.key(0), 40)
+  keys = jax.random.split(jax.random.key(0), 20)
   square = jax.jit(
     lambda keys: jax.lax.map(
       lambda key: jnp.sum(values.sample(key, jnp.zeros(2**21)) ** 2), keys
     ).sum()
   )
-  # About ten are not zero.
-  assert 3 < float(square(keys)) * share < 24
+  # About five are not zero.
+  assert 0 < float(square(keys)) * share < 16
 
 
 # Purity and keys.
