@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The authors' logs of a DNC of scale 8, 6,553,893 parameters: four steps of
 # CD-RGE with 512 probes, and of BPTT by SGD at a rate of 0.001; and CD-RGE from
-# a start as low as theirs (scripts/measure_starts.py).
+# two starts as low as theirs (scripts/measure_starts.py).
 #   scripts/paper/dnc_log.sh [--size=cpu|full|smoke]     (see common.sh)
 . "$(dirname "$0")/common.sh"
 at_once=(--at_once=1)  # A model has the whole machine.
@@ -14,6 +14,6 @@ sweep cd_rge paper/dnc.py:scale=$scale,probes=$probes \
   --config.steps=$steps --grid=seed=$seeds
 if [[ $size != smoke ]]; then
   sweep cd_rge_low paper/dnc.py:scale=$scale,probes=$probes \
-    --config.steps=$steps --config.evaluate_every=1 --grid=seed=29
+    --config.steps=$steps --config.evaluate_every=1 --grid=seed=29,37
 fi
 report
