@@ -1,6 +1,6 @@
 """The losses that the DNC of the authors' log begins with, by seed.
 
-python scripts/measure_starts.py [--seeds=40]
+python scripts/measure_starts.py [--seeds=60]
 
 The mean loss of the one batch of configs/paper/dnc.py, scale 8, without a
 perturbation and before the first step. Writes
@@ -21,7 +21,7 @@ from zorn_jax.step import init_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/measure_starts.json"
-_SEEDS = flags.DEFINE_integer("seeds", 40, "How many, from 0 on.")
+_SEEDS = flags.DEFINE_integer("seeds", 60, "How many, from 0 on.")
 
 
 def main(argv):

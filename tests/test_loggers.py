@@ -73,9 +73,12 @@ def test_a_directory_is_one_run_of_wandb(tmp_path, monkeypatch):
   assert {options["name"] for options in begun} == {"seed=0"}
 
 
-def test_unknown_logger_is_named():
+def test_unknown_logger_is_named_before_anything_is_made(tmp_path):
   with pytest.raises(ValueError, match="unknown logger 'paper'"):
     loggers.check(("paper",))
+  with pytest.raises(ValueError, match="unknown logger 'paper'"):
+    train.train(None, tmp_path / "run", {}, ("paper",))
+  assert not (tmp_path / "run").exists()
 
 
 def test_only_training_takes_time(monkeypatch):

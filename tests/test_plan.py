@@ -176,7 +176,7 @@ def test_planned_bytes_are_those_of_the_compiled_step(name):
 def test_with_a_curriculum_products_are_those_of_the_longest_sequences():
   start = {"curriculum__start": 2, "curriculum__maximum": 3}
   both = (
-    planned(curriculum__enabled=x, task__max_length=3, **start)
+    planned(curriculum__enabled=x, task__time_chunk=2, **start)
     for x in (False, True)
   )
   fixed, growing = (found["forward_flops_per_step"] for found in both)

@@ -183,10 +183,8 @@ def make(
 ) -> list[Logger]:
   """The file and the terminal, and the optional loggers in `names`.
 
-  Raises:
-    ValueError: As :func:`check` does.
+  Those have passed :func:`check`.
   """
-  check(names)
   loggers: list[Logger] = []
   if "tensorboard" in names:
     loggers.append(TensorBoardLogger(workdir))

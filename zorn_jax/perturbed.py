@@ -62,9 +62,10 @@ for _name in (
 ):
   for _method in (f"__{_name}__", f"__r{_name}__"):
     setattr(_Leaf, _method, _of_array(_method))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"):
-  setattr(_Leaf, f"__{_name}__", _of_array(f"__{_name}__"))
-for _name in ("getitem", "iter", "len"):
+for _name in (
+  *("eq", "ne", "lt", "le", "gt", "ge"),
+  *("neg", "abs", "getitem", "iter", "len"),
+):
   setattr(_Leaf, f"__{_name}__", _of_array(f"__{_name}__"))
 
 

@@ -255,7 +255,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   return {
     "parameters": _size(state.params),
     "forward_passes_per_step": method.passes_per_step,
-    "forward_flops_per_step": _forward_flops(experiment),
+    "forward_flops_per_step": _forward_flops(experiment, traced),
     "peak_bytes_estimate": _memory(experiment, traced).peak,
     "collective_bytes_per_step": updates[layout.update]["bytes"],
     "expected_cosine": math.sqrt(n / (n + d)) if d else 1.0,
@@ -264,12 +264,11 @@ def plan(experiment: Experiment) -> dict[str, Any]:
   }
 
 
-def _forward_flops(experiment) -> int:
+def _forward_flops(experiment, traced) -> int:
   """Of the queries; with a curriculum, of its longest sequences."""
-  longest = experiment._replace(
-    watch=experiment.watch._replace(curriculum=None)
-  )
-  traced = _trace(longest)
+  watch = experiment.watch
+  if watch.curriculum:
+    traced = _trace(experiment._replace(watch=watch._replace(curriculum=None)))
   return sum(cost(x).flops for x in traced.all[:-1])
 
 

@@ -89,6 +89,7 @@ def train(
     ValueError: If the workdir cannot be used, another process trains in it, a
       logger is missing, or the memory does not suffice for one probe at once.
   """
+  loggers.check(logger_names)
   if batching:
     noted = processes.share(probe_batch.read(workdir))
     choice = _choice(batching, noted)

@@ -19,7 +19,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from zorn_jax import build, loggers, mesh, processes
+from zorn_jax import build, mesh, processes
 from zorn_jax.bench import machine
 from zorn_jax.cli import _run
 from zorn_jax.train import train
@@ -58,7 +58,6 @@ def main(argv) -> int:
       logging.set_verbosity(logging.ERROR)  # The first says it for all.
     experiment = build.experiment(config)
     names = config.get("loggers", ())
-    loggers.check(names)
     if processes.is_first() and jax.device_count() > 1:
       print(mesh.describe(experiment.layout), file=sys.stderr)
     batching = build.batching(config, experiment)
