@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 
 from zorn_jax import kernels
-from zorn_jax.kernels import threefry
+from zorn_jax.kernels import lstm_configs, threefry
+from zorn_jax.kernels.arguments import check as check_arguments
 
 # The module, whose name its function has.
 lstm = sys.modules["zorn_jax.kernels.lstm"]
 
-RESIDENT = kernels.Config(True, 16, 64, 64, 4, 1, False)
+# One warp has all 16 rows, and one product makes all gates; of four each gate
+# has its own.
+RESIDENT = kernels.Config(True, 16, 64, 64, 1, 1, False)
 STREAMED = kernels.Config(False, 16, 32, 64, 4, 1, False)
 CONFIGS = {
   "resident": RESIDENT,
-  "prefetched": RESIDENT._replace(prefetch=True, by_head=True),
+  "prefetched": RESIDENT._replace(warps=4, prefetch=True, by_head=True),
   "streamed": STREAMED,
-  "early": STREAMED._replace(prefetch=True, by_head=True),
+  "early": STREAMED._replace(warps=1, prefetch=True, by_head=True),
 }
 TOLERANCE = {"float32": 5e-7, "bfloat16": 2e-3}  # Times sqrt(D).
 
@@ -164,8 +167,28 @@ def test_odd_widths(head, config):
 
 def test_a_head_of_several_tiles():
   args = example("low rank", head=40, heads=1, looked_up=True)
-  check(args, RESIDENT._replace(units=32))
   check(args, STREAMED)
+  resident = RESIDENT._replace(units=32)
+  check(args, resident)
+  args = example("low rank", head=80, heads=1, looked_up=True)
+  for prefetch in (False, True):  # h of three tiles is multiplied as of two.
+    check(args, resident._replace(prefetch=prefetch))
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_several_blocks_of_rows_to_a_program(prefetch, monkeypatch):
+  config = RESIDENT._replace(prefetch=prefetch, blocks=4)
+  args = example("dense", batch=33, heads=3, looked_up=prefetch, length=2)
+  assert fitted(args, config).blocks == 1  # Too few programs would be left.
+  monkeypatch.setattr(lstm_configs, "MANY_PROGRAMS", 6)
+  assert fitted(args, config).blocks == 3
+  assert fitted(args, config._replace(blocks=2)).blocks == 1
+  check(args, config)
+
+
+def fitted(args, config):
+  order = "x_proj", "r", "b", "carry", "perturbation"
+  return lstm_configs.fitted(check_arguments(*map(args.get, order)), config)
 
 
 @pytest.mark.parametrize("perturbation", ["", "dense", "low rank"])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from zorn_jax.kernels.arguments import Arguments, Dense
 
 FEW_ROWS = 16  # Of one tile.
+BLOCKS = 8  # Of rows, to a program of a GPU that is full.
+MANY_PROGRAMS = 2048  # Some four at a time on each multiprocessor, four times.
 
 
 class Config(NamedTuple):
@@ -25,6 +27,8 @@ class Config(NamedTuple):
     by_head: Whether all members of a head run before those of the next, which
       then find its weights and its table in the caches, or all heads of a
       member.
+    blocks: Blocks of rows that a program takes one after another, at most, so
+      that it loads and perturbs resident weights once for them.
   """
 
   resident: bool
@@ -35,14 +39,25 @@ class Config(NamedTuple):
   stages: int
   prefetch: bool
   by_head: bool = False
+  blocks: int = 1
 
 
 def programs(args: Arguments, config: Config) -> int:
-  """How many programs a launch has."""
+  """How many programs a launch has, of a block of rows each."""
   members, batch, heads, _ = args.h.shape
   if isinstance(args.perturbation, Dense) and not config.resident:
     members //= len(args.perturbation.scales)
   return members * heads * -(-batch // config.rows)
+
+
+def fitted(args: Arguments, config: Config) -> Config:
+  """With as many blocks to a program as leave enough programs for a GPU."""
+  blocks = -(-args.h.shape[1] // config.rows)
+  most = min(config.blocks, programs(args, config) // MANY_PROGRAMS, blocks)
+  if not config.resident:
+    most = 1
+  divisors = (d for d in range(1, max(1, most) + 1) if blocks % d == 0)
+  return config._replace(blocks=max(divisors))
 
 
 def config_of(args: Arguments) -> Config:
@@ -72,10 +87,10 @@ def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
 
-  def resident(*rows_warps, early=False, orders=(False,)):
-    return [
-      Config(True, rows, units, units, warps, 1, early, by_head)
-      for rows, warps in rows_warps
+  def resident(*tiles, early=False, orders=(False,), blocks=1):
+    return [  # Of rows, units, warps.
+      Config(True, rows, units, units, warps, 1, early, by_head, blocks)
+      for rows, units, warps in tiles
       for by_head in orders
     ]
 
@@ -92,19 +107,25 @@ def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
     # Nothing but a token's head start hides the latency of its inputs.
     if head <= 256 // size:
       first = 4 if units == 64 else 8
-      return resident((16, first), (16, 12 - first), early=True)
+      return resident((16, units, first), (16, units, 12 - first), early=True)
     return streamed((16, 64, 64, 8, 2), (16, 128, 64, 8, 3))
   if head <= 64:
-    return resident((64, 4), (32, 4), (32, 2), (64, 2), orders=both)
+    # A second block costs registers, and so perhaps a program beside it.
+    blocks = BLOCKS if dense or head > 32 else 1
+    tiles = (64, 32, 4), (64, units, 4), (32, units, 4), (32, units, 2)
+    tiles = dict.fromkeys(tiles)
+    return resident(*tiles, orders=both, blocks=blocks)
+  held = []
+  if head <= (160 if size == 2 else 96):  # All that shared memory takes.
+    held = resident((64, 32, 4), orders=both, blocks=BLOCKS)
   if size == 4:
-    tiles = [(64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)]
-    return streamed(*(tiles[1:] if dense else tiles))
+    tiles = (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)
+    return held + streamed(*(tiles[1:] if dense else tiles))
   if dense:
     narrow, wide = (64, 32, 32, 4, 3), (64, 64, 64, 8, 2)
     first, second = (narrow, wide) if head <= 160 else (wide, narrow)
-    return streamed(first, second, orders=both)
-  deep = (64, 64, 64, 4, 2), (64, 64, 32, 4, 4), (128, 64, 32, 8, 3)
+    return held + streamed(first, second, orders=both)
+  deep = (64, 64, 64, 4, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 4)
   if head <= 160:
-    some = (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), deep[1]
-    return streamed(*some, orders=both)
+    return held + streamed((64, 64, 32, 4, 3), deep[0], orders=both)
   return streamed(*deep, orders=both)

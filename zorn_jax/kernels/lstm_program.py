@@ -1,9 +1,10 @@
 """What one program of the LSTM kernel does: a head and some rows, all T tokens.
 
-No two programs ever wait for each other.
+No two programs ever wait for each other. One product makes all gates of a tile
+of units, where they can be taken apart in registers.
 
-resident  The weights of the head are loaded and perturbed once, and stay in
-          registers or shared memory; so do h and c.
+resident  The weights of the head are loaded and perturbed once, for several
+          blocks of rows, and stay in registers or shared memory; so do h and c.
 streamed  Tiles of the weights come from the L2 cache at every step, and h and c
           lie in buffers of the program's own, of which that of h is written and
           read between barriers.
@@ -26,24 +27,46 @@ from zorn_jax.kernels.arguments import GATES
 from zorn_jax.kernels.lstm_configs import Config
 
 BITS = 32  # Of a word of signs.
+ROWS_OF_WARP = 16  # At least; fewer warps are side by side then.
 # What all that a gate sums up is multiplied by, which rounds nothing.
 HALVES = (0.5, 0.5, 1.0, 0.5)
 _I, _F, _Z, _O = range(GATES)
 
 
 class Tile(NamedTuple):
-  """Neighbouring units, or inputs, of a head; the last may not be there."""
+  """Neighbouring units, or inputs, of a head; the last may not be there.
+
+  Of units it has sums: of its first gate for all units, of the next, and so on.
+  """
 
   start: Any
   size: int
-
-  @property
-  def places(self):
-    return self.start + jnp.arange(self.size)
+  made: range = range(GATES)
 
   @property
   def columns(self):
-    return self.places[None, :]
+    return (self.start + jnp.arange(self.size))[None, :]
+
+  @property
+  def gates(self):
+    """The gate of each sum, [sums]."""
+    if len(self.made) == 1:
+      return jnp.full(self.size, self.made.start)
+    place = jnp.arange(len(self.made) * self.size)
+    return self.made.start + jax.lax.div(place, self.size)
+
+  @property
+  def units(self):
+    """The unit of each sum, [sums]."""
+    place = jnp.arange(len(self.made) * self.size)
+    if len(self.made) > 1:
+      place = jax.lax.rem(place, self.size)
+    return self.start + place
+
+  @property
+  def halves(self):
+    """What each sum is multiplied by, [sums]."""
+    return jnp.where(self.gates == _Z, 1.0, 0.5)
 
 
 class Layout(NamedTuple):
@@ -70,7 +93,13 @@ class Layout(NamedTuple):
 
   @property
   def blocks(self):
+    """Of rows."""
     return -(-self.batch // self.config.rows)
+
+  @property
+  def programs(self):
+    """Of a head of a member, or of a direction's."""
+    return self.blocks // self.config.blocks
 
   @property
   def together(self):
@@ -89,6 +118,23 @@ class Layout(NamedTuple):
     return tiles
 
   @property
+  def alone(self):
+    """Whether a warp has rows of its own, and so all gates of a unit."""
+    return self.config.rows >= ROWS_OF_WARP * self.config.warps
+
+  def parts(self, units: Tile) -> list[Tile]:
+    """The gates that one product makes: all, if a warp can take them apart."""
+    if self.alone:
+      return [units]
+    return [units._replace(made=range(g, g + 1)) for g in range(GATES)]
+
+  @property
+  def sources(self):
+    """Tiles of inputs, of a resident head: few, for few products."""
+    join = lambda a, b: Tile(a.start, a.size + b.size)
+    return _joined(self.tiles, lambda tile: tile.size, join)
+
+  @property
   def padded(self):
     """Where the last tile ends."""
     if self.config.resident:
@@ -96,6 +142,16 @@ class Layout(NamedTuple):
       return last.start + last.size
     tile = max(self.config.units, self.config.depth)
     return -(-self.head // tile) * tile
+
+
+def _joined(tiles, size, join):
+  """Neighbours of one size are one tile, as often as there are such."""
+  joined = []
+  for tile in tiles:
+    joined.append(tile)
+    while len(joined) > 1 and size(joined[-2]) == size(joined[-1]):
+      joined[-2:] = [join(*joined[-2:])]
+  return joined
 
 
 def body(*refs, layout: Layout, names: tuple[str, ...]):
@@ -110,15 +166,22 @@ class Program:
     self.layout = layout
     self.__dict__.update(refs)
     place, slow = pl.program_id(0), pl.program_id(1)
-    fast, self.block = place // layout.blocks, place % layout.blocks
+    fast, number = place // layout.programs, place % layout.programs
     by_head = layout.config.by_head
     self.head, group = (slow, fast) if by_head else (fast, slow)
-    self.rows = self.block * layout.config.rows + jnp.arange(layout.config.rows)
     if layout.together:
       self.direction, self.turns = group, range(layout.scales)
     else:  # Which of a direction's members it is, the program alone knows.
       self.direction = group // layout.scales
       self.turns = (group % layout.scales,)
+    self.take(number * layout.config.blocks)
+
+  def take(self, block):
+    """Turns to a block of rows."""
+    self.block = block
+    self.rows = block * self.layout.config.rows + jnp.arange(
+      self.layout.config.rows
+    )
 
   def member(self, turn):
     return self.direction * self.layout.scales + turn
@@ -126,22 +189,23 @@ class Program:
   def scale(self, turn):
     return self.scales[turn]
 
-  def present(self, units: Tile):
-    """Which rows and units of a tile are there; None if all are."""
+  def present(self, tile: Tile, columns=None):
+    """Which rows and columns are there, by default a tile's; None if all."""
+    columns = tile.columns if columns is None else columns
     batch, head = self.layout.batch, self.layout.head
     rows = (
       (self.rows < batch)[:, None] if batch % self.layout.config.rows else None
     )
-    columns = units.columns < head if self._overhangs(units) else None
+    columns = columns < head if self._overhangs(tile) else None
     if rows is None or columns is None:
       return columns if rows is None else rows
     return rows & columns
 
-  def _overhangs(self, units):
+  def _overhangs(self, tile):
     head = self.layout.head
-    if isinstance(units.start, int):
-      return units.start + units.size > head
-    return head % units.size > 0
+    if isinstance(tile.start, int):
+      return tile.start + tile.size > head
+    return head % tile.size > 0
 
   def _of_state(self, turn, units):
     return self.member(turn), self.rows[:, None], self.head, units.columns
@@ -174,67 +238,67 @@ class Program:
     mask = rows < self.layout.batch if missing else None
     return _load(self.tokens.at[member, rows, t], mask)
 
-  def inputs(self, turn, t, units, gate, tokens):
-    """A token's tile of a gate, of the type it is stored in."""
+  def inputs(self, turn, t, units, tokens):
+    """A token's tile [rows, sums], of the type it is stored in."""
     member = self.member(turn) if self.layout.own_x else 0
-    place = (self.head, gate, units.columns)
+    columns = units.units[None, :]
+    place = (self.head, units.gates[None, :], columns)
     if self.layout.looked_up:
       return pltriton.load(self.x.at[(member, tokens, *place)])
     at = self.x.at[(member, self.rows[:, None], t, *place)]
-    return _load(at, self.present(units))
+    return _load(at, self.present(units, columns))
 
   def biases(self, turn, units):
-    """Of all gates; None where they are in the table."""
+    """[1, sums]; None where they are in the table."""
     if self.layout.looked_up:
       return None
     member = self.member(turn) if self.layout.own_bias else 0
-    return [
-      pltriton.load(self.b.at[member, gate, self.head, units.places])[None, :]
-      for gate in range(GATES)
-    ]
+    at = self.b.at[member, units.gates, self.head, units.units]
+    return pltriton.load(at)[None, :]
 
-  def begun(self, x, gate, biases):
-    """The sums of a gate before h has its part."""
+  def begun(self, x, units, biases):
+    """The sums before h has its part, [rows, sums]."""
     if biases is None:
       return x.astype(jnp.float32)
-    return HALVES[gate] * x.astype(jnp.float32) + biases[gate]
+    return units.halves[None, :] * x.astype(jnp.float32) + biases
 
-  def weights(self, gate, units: Tile, source: Tile):
-    """A tile [units, source] of R, for each member of the program."""
-    rows, columns = units.places[:, None], source.columns
-    tile = pltriton.load(self.r.at[gate, self.head, rows, columns])
+  def weights(self, units: Tile, source: Tile):
+    """A tile [sums, source] of R, for each member of the program."""
+    gates, rows = units.gates[:, None], units.units[:, None]
+    columns = source.columns
+    tile = pltriton.load(self.r.at[gates, self.head, rows, columns])
     if not self.layout.dense:
       return [tile] * len(self.turns)
     tile = tile.astype(jnp.float32)
-    z = self._signs(gate, rows, source)
+    z = self._signs(gates, rows, source)
     if self._overhangs(units) or self._overhangs(source):
       head = self.layout.head
       z = jnp.where((rows < head) & (columns < head), z, 0.0)
+    halves = units.halves[:, None]
     return [
-      (tile + HALVES[gate] * self.scale(turn) * z).astype(self.layout.dtype)
+      (tile + halves * self.scale(turn) * z).astype(self.layout.dtype)
       for turn in self.turns
     ]
 
-  def _signs(self, gate, rows, source):
+  def _signs(self, gates, rows, source):
     layout = self.layout
     stored = -(-layout.head // BITS)  # Words of a row of R.
     words = source.start // BITS + jnp.arange(source.size // BITS)
     words = words[None, :]
     if not layout.config.resident:
-      at = self.drawn.at[self.direction, gate, self.head, rows, words]
+      at = self.drawn.at[self.direction, gates, self.head, rows, words]
       return threefry.unpack(pltriton.load(at))
-    row = (gate * layout.heads + self.head) * layout.head + rows
+    row = (gates * layout.heads + self.head) * layout.head + rows
     index = (row * stored + words).astype(jnp.uint32)
     key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
     return threefry.unpack(threefry.word(key, index))
 
-  def left_of(self, turn, gate, units):
-    """[factors, units]."""
+  def left_of(self, turn, units):
+    """[factors, sums]."""
     places = jnp.arange(self.layout.factors)[:, None]
-    member = self.member(turn)
-    return pltriton.load(
-      self.left.at[member, gate, self.head, places, units.columns]
-    )
+    gates, columns = units.gates[None, :], units.units[None, :]
+    at = self.left.at[self.member(turn), gates, self.head, places, columns]
+    return pltriton.load(at)
 
   def right_of(self, source):
     """[factors, source]."""
@@ -260,7 +324,7 @@ class Program:
     )
 
   def cell(self, gate, c):
-    """h and c, of what makes a gate's sums; few of which are there at once.
+    """h and c of a tile, of what makes a gate's sums; few are there at once.
 
     Those of i, f and o are halved: σ(x) = (1 + tanh(x / 2)) / 2.
     """
@@ -271,6 +335,13 @@ class Program:
     new = scaled(gate(_I), tanh(gate(_Z)))
     c = 0.5 * (scaled(gate(_F), c) + new)
     return 0.5 * scaled(gate(_O), tanh(c)), c
+
+
+def _gates(sums, parts):
+  """What makes a gate's sums, of what makes those of a part."""
+  if len(parts) > 1:
+    return sums
+  return jnp.split(sums(0), GATES, axis=1).__getitem__
 
 
 def _scaled_by_tanh(x, y):
@@ -291,37 +362,47 @@ def _load(at, mask):
   return pltriton.load(at, mask=mask, other=0)
 
 
+def _beside(a, b):
+  """Two tiles [rows, K] as one; nothing moves but names of registers."""
+  rows, size = a.shape
+  return jnp.stack([a, b], 2).transpose(0, 2, 1).reshape(rows, 2 * size)
+
+
 def _resident(program: Program):
   layout, config = program.layout, program.layout.config
-  tiles = layout.tiles
+  tiles, sources = layout.tiles, layout.sources
   (turn,) = program.turns
-  gates = range(GATES)
-  weights = [
-    [[program.weights(g, units, k)[0] for k in tiles] for g in gates]
-    for units in tiles
-  ]
-  biases = [program.biases(turn, units) for units in tiles]
-  right = [program.right_of(k) for k in tiles] if layout.mixes else None
-  lefts = None
-  if layout.factors and len(tiles) == 1:  # Of more there is no room.
-    lefts = [program.left_of(turn, g, tiles[0]) for g in gates]
+  # As few registers as can be, or conversions.
+  carried = layout.dtype if layout.alone else jnp.float32
+  parts = [layout.parts(units) for units in tiles]
+  of_parts = lambda f: [[f(part) for part in some] for some in parts]
+  weights = of_parts(
+    lambda part: [program.weights(part, source)[0] for source in sources]
+  )
+  biases = of_parts(lambda part: program.biases(turn, part))
+  right = None
+  if layout.mixes:
+    right = [program.right_of(source) for source in sources]
+  left = None
+  if layout.factors and len(tiles) <= 2:  # Of more there is no room.
+    left = of_parts(lambda part: program.left_of(turn, part))
 
-  def load(t):
+  def inputs(index, t, tokens):
+    return [program.inputs(turn, t, part, tokens) for part in parts[index]]
+
+  def ahead(index, t, tokens):
+    """The inputs behind those of a tile, and their tokens."""
+    if index + 1 < len(tiles):
+      return inputs(index + 1, t, tokens), tokens
+    t = jnp.minimum(t + 1, layout.length - 1)
     tokens = program.tokens_at(turn, t)
-    x = [
-      [program.inputs(turn, t, units, gate, tokens) for gate in gates]
-      for units in tiles
-    ]
-    return x, tokens
+    return inputs(0, t, tokens), tokens
 
   def step(t, carry):
     h, c, x, tokens = carry
-    ahead = x, tokens
-    if config.prefetch:
-      ahead = load(jnp.minimum(t + 1, layout.length - 1))
-    else:
-      tokens = program.tokens_at(turn, t)
     h = [tile.astype(layout.dtype) for tile in h]
+    if not config.prefetch:
+      tokens = program.tokens_at(turn, t)
     mixed = None
     if layout.mixes_tokens:
       mixed = program.coefficients_of(turn, tokens)
@@ -332,35 +413,48 @@ def _resident(program: Program):
       mixed = mixed.astype(layout.dtype)
     new_h, new_c = [], []
     for index, units in enumerate(tiles):
+      if config.prefetch:
+        given, (x, tokens) = x, ahead(index, t, tokens)
+      else:
+        given = inputs(index, t, tokens)
 
-      def gate(g, index=index, units=units):
-        if config.prefetch:
-          given = x[index][g]
-        else:
-          given = program.inputs(turn, t, units, g, tokens)
-        total = program.begun(given, g, biases[index])
-        for k, tile in enumerate(h):
-          total += program.multiply(tile, weights[index][g][k])
+      def sums(place, index=index, given=given):
+        part = parts[index][place]
+        total = program.begun(given[place], part, biases[index][place])
+        for tile, of_tile in zip(h, weights[index][place], strict=True):
+          total += program.multiply(tile, of_tile)
         if mixed is not None:
-          left = lefts[g] if lefts else program.left_of(turn, g, units)
-          total += program.multiply(mixed, left, 0)
+          factors = left[index][place] if left else program.left_of(turn, part)
+          total += program.multiply(mixed, factors, 0)
         return total
 
-      made, kept = program.cell(gate, c[index])
+      made, kept = program.cell(_gates(sums, parts[index]), c[index])
       program.store_output(turn, t, units, made)
-      new_h.append(made)
+      new_h.append(made.astype(carried))
       new_c.append(kept)
-    return new_h, new_c, *ahead
+    new_h = _joined(new_h, lambda tile: tile.shape[1], _beside)
+    return new_h, new_c, x, tokens if config.prefetch else None
 
-  h, c = (
-    [program.load_state(ref, turn, units) for units in tiles]
-    for ref in (program.h0, program.c0)
-  )
-  carry = h, c, *(load(0) if config.prefetch else ([], None))
-  h, c, *_ = jax.lax.fori_loop(0, layout.length, step, carry)
-  for units, tile, kept in zip(tiles, h, c, strict=True):
-    program.store_state(program.h, turn, units, tile)
-    program.store_state(program.c, turn, units, kept)
+  def block(index, _):
+    program.take(first + index)
+    h = [program.load_state(program.h0, turn, source) for source in sources]
+    h = [tile.astype(carried) for tile in h]
+    c = [program.load_state(program.c0, turn, units) for units in tiles]
+    x = tokens = None
+    if config.prefetch:
+      tokens = program.tokens_at(turn, 0)
+      x = inputs(0, 0, tokens)
+    carry = h, c, x, tokens
+    h, c, *_ = jax.lax.fori_loop(0, layout.length, step, carry)
+    for source, tile in zip(sources, h, strict=True):
+      tile = tile.astype(jnp.float32)
+      program.store_state(program.h, turn, source, tile)
+    for units, tile in zip(tiles, c, strict=True):
+      program.store_state(program.c, turn, units, tile)
+    return 0
+
+  first = program.block
+  jax.lax.fori_loop(0, config.blocks, block, 0)
 
 
 def _streamed(program: Program):
@@ -414,42 +508,43 @@ def _streamed(program: Program):
 
     def tile_of_units(index, _):
       units = units_at(index)
+      parts = layout.parts(units)
 
       def add(index, sums):
         source = source_at(index)
         h = [pltriton.load(buffered(turn, t & 1, source)) for turn in turns]
-        sums = [list(total) for total in sums]
-        for g in range(GATES):
-          weights = program.weights(g, units, source)
+        sums = [list(totals) for totals in sums]
+        for place, part in enumerate(parts):
+          weights = program.weights(part, source)
           for s in range(len(turns)):
-            sums[s][g] += program.multiply(h[s], weights[s])
+            sums[s][place] += program.multiply(h[s], weights[s])
         return sums
 
-      def others(s, g):
-        """What has a part in a gate beside R h."""
-        biases = program.biases(turns[s], units)
-        given = program.inputs(turns[s], t, units, g, tokens[s])
-        total = program.begun(given, g, biases)
+      def others(s, part):
+        """What has a part in the sums beside R h."""
+        biases = program.biases(turns[s], part)
+        given = program.inputs(turns[s], t, part, tokens[s])
+        total = program.begun(given, part, biases)
         if mixed:
-          left = program.left_of(turns[s], g, units)
+          left = program.left_of(turns[s], part)
           total += program.multiply(mixed[s], left, 0)
         return total
 
-      members, gates = range(len(turns)), range(GATES)
+      def zeros(_, part):
+        shape = config.rows, len(part.made) * part.size
+        return jnp.zeros(shape, jnp.float32)
+
+      begin = others if config.prefetch else zeros
+      sums = [[begin(s, part) for part in parts] for s in range(len(turns))]
       if config.prefetch:
-        sums = [[others(s, g) for g in gates] for s in members]
         c = [pltriton.load(kept(turn, units)) for turn in turns]
-      else:
-        zeros = jnp.zeros((config.rows, config.units), jnp.float32)
-        sums = [[zeros] * GATES for _ in turns]
       sums = jax.lax.fori_loop(0, count(config.depth), add, sums)
       for s, turn in enumerate(turns):
-        if config.prefetch:
-          gate, before = sums[s].__getitem__, c[s]
-        else:
-          gate = lambda g, s=s: sums[s][g] + others(s, g)
+        whole, before = sums[s].__getitem__, c[s] if config.prefetch else None
+        if not config.prefetch:
+          whole = lambda at, s=s: sums[s][at] + others(s, parts[at])
           before = pltriton.load(kept(turn, units))
-        h, after = program.cell(gate, before)
+        h, after = program.cell(_gates(whole, parts), before)
         narrow = h.astype(layout.dtype)
         pltriton.store(buffered(turn, (t + 1) & 1, units), narrow)
         pltriton.store(kept(turn, units), after)

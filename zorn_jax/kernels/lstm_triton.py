@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from zorn_jax.kernels import lstm_program
+from zorn_jax.kernels import lstm_configs, lstm_program
 from zorn_jax.kernels.arguments import GATES, Arguments, Dense, LowRank
 from zorn_jax.kernels.lstm_configs import Config
 from zorn_jax.kernels.lstm_program import BITS, HALVES
@@ -32,11 +32,12 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     config: Of the kernel.
     interpret: Whether Pallas interprets it, for tests.
   Returns:
-    h and c after the last token, float32 [M, B, N, D]; and all h, of r's type
-    [M, B, T, N, D], or None.
+    h and c after the last token, float32 [M, B, N, D], h rounded to r's type
+    where weights are resident; and all h, of r's type [M, B, T, N, D], or None.
   """
   members, batch, heads, head = args.h.shape
   length, given = args.length, args.perturbation
+  config = lstm_configs.fitted(args, config)
   looked_up = args.tokens is not None
   layout = lstm_program.Layout(
     batch=batch,
@@ -94,9 +95,9 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   call = pl.pallas_call(
     functools.partial(lstm_program.body, layout=layout, names=names),
     grid=(
-      (programs * layout.blocks, heads)
+      (programs * layout.programs, heads)
       if config.by_head
-      else (heads * layout.blocks, programs)
+      else (heads * layout.programs, programs)
     ),
     out_shape=list(outputs.values()),
     compiler_params=pltriton.CompilerParams(
