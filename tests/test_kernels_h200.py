@@ -21,11 +21,15 @@ import pytest
 
 from zorn_jax import kernels
 from zorn_jax.kernels import lstm_configs
+from zorn_jax.kernels.arguments import check
 
-pytestmark = pytest.mark.optimized
+pytestmark = [
+  pytest.mark.optimized,
+  pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning"),
+]
 
 WIDTHS = (20, 50, 150, 300, 512, 850, 1000)  # Of the paper's heads.
-OTHERS = (64, 100, 128, 160, 320)
+OTHERS = (64, 96, 100, 128, 152, 160, 320)
 SHARED_LIMIT = 232448  # Bytes a block, on H100 and H200.
 LENGTH, HEADS = 11, 2
 
@@ -36,6 +40,7 @@ class Case(NamedTuple):
   perturbation: str = ""
   batch: int = 1024
   pairs: int = 2
+  rank: int = 1
   precision: str | None = None
   config: kernels.Config | None = None
   output: str = "all"
@@ -55,7 +60,7 @@ def arguments(case: Case):
   struct, width = jax.ShapeDtypeStruct, case.width
   state = struct((*lead, case.batch, HEADS, width), jnp.float32)
   shape = (*lead, case.batch, LENGTH, HEADS, 4, width)
-  factor = struct((case.pairs, 4, HEADS, 1, width), jnp.float32)
+  factor = struct((case.pairs, 4, HEADS, case.rank, width), jnp.float32)
   perturbation = {
     "": None,
     "dense": kernels.Dense(
@@ -84,9 +89,12 @@ def arguments(case: Case):
 def config_of(case: Case) -> kernels.Config:
   if case.config:
     return case.config
-  dense = case.perturbation == "dense"
-  dtype = jnp.dtype(case.dtype)
-  return lstm_configs.choose(case.width, case.batch, dtype, dense)[0]
+  found = []
+  jax.eval_shape(
+    lambda *args: found.append(lstm_configs.config_of(check(*args))),
+    *arguments(case),
+  )
+  return found[0]
 
 
 def compiled(case: Case, options=None, transform=lambda f: f):
@@ -144,7 +152,7 @@ def _assembled(ptx):
 
 
 CASES = [
-  Case(width, dtype, perturbation, looked_up=True)
+  Case(width, dtype, perturbation, pairs=96, looked_up=True)
   for width in WIDTHS
   for dtype in ("bfloat16", "float32")
   for perturbation in ("dense", "low rank")
@@ -163,8 +171,15 @@ def test_other_widths_and_few_rows_fit(width):
     assert figures(case).shared <= SHARED_LIMIT
 
 
+@pytest.mark.parametrize("width, dtype", [(152, "bfloat16"), (64, "float32")])
+def test_the_widest_resident_heads_fit(width, dtype):
+  for rank in (1, 16):
+    case = Case(width, dtype, "low rank", rank=rank, pairs=96, looked_up=True)
+    assert figures(case).shared <= SHARED_LIMIT
+
+
 def test_products_without_tf32_fit():
-  for width in (50, 300):
+  for width in (50, 64, 300):
     case = Case(width, "float32", "low rank", precision="highest")
     assert figures(case).shared <= SHARED_LIMIT
 

@@ -82,6 +82,15 @@ class Arguments(NamedTuple):
   def length(self) -> int:
     return (self.x if self.tokens is None else self.tokens).shape[2]
 
+  @property
+  def num_factors(self) -> int:
+    """Of all gates and of the table, padded to what a product takes."""
+    given = self.perturbation
+    count = 0 if self.factors is None else self.factors[0].shape[1]
+    if isinstance(given, LowRank):
+      count += GATES * given.left.shape[3]
+    return max(16, 1 << (count - 1).bit_length()) if count else 0
+
 
 def check(x_proj, r, b, carry, perturbation) -> Arguments:
   """Checks what `lstm` was given, and merges the axes of its members."""

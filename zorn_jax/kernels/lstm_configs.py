@@ -72,10 +72,12 @@ def candidates(args: Arguments) -> list[Config]:
   """
   _, batch, _, head = args.h.shape
   dense = isinstance(args.perturbation, Dense)
-  return choose(head, batch, args.r.dtype, dense)
+  return choose(head, batch, args.r.dtype, dense, args.num_factors)
 
 
-def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
+def choose(
+  head: int, batch: int, dtype, dense: bool, factors: int = 16
+) -> list[Config]:
   """The configs of `candidates`.
 
   Args:
@@ -83,6 +85,7 @@ def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
     batch: Rows B of a member.
     dtype: Of the weights.
     dense: Whether the perturbation is, of which programs hold all members.
+    factors: What a product takes of them.
   """
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
@@ -115,12 +118,12 @@ def choose(head: int, batch: int, dtype, dense: bool) -> list[Config]:
     tiles = (64, 32, 4), (64, units, 4), (32, units, 4), (32, units, 2)
     tiles = dict.fromkeys(tiles)
     return resident(*tiles, orders=both, blocks=blocks)
-  held = []
-  if head <= (160 if size == 2 else 96):  # All that shared memory takes.
-    held = resident((64, 32, 4), orders=both, blocks=BLOCKS)
   if size == 4:
     tiles = (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)
-    return held + streamed(*(tiles[1:] if dense else tiles))
+    return streamed(*(tiles[1:] if dense else tiles))
+  held = []
+  if head <= 152 and factors <= 16:  # All that shared memory takes.
+    held = resident((64, 32, 4), orders=both, blocks=BLOCKS)
   if dense:
     narrow, wide = (64, 32, 32, 4, 3), (64, 64, 64, 8, 2)
     first, second = (narrow, wide) if head <= 160 else (wide, narrow)

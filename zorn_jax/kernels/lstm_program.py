@@ -28,6 +28,7 @@ from zorn_jax.kernels.lstm_configs import Config
 
 BITS = 32  # Of a word of signs.
 ROWS_OF_WARP = 16  # At least; fewer warps are side by side then.
+NARROW = 8  # Units of the narrowest tile.
 # What all that a gate sums up is multiplied by, which rounds nothing.
 HALVES = (0.5, 0.5, 1.0, 0.5)
 _I, _F, _Z, _O = range(GATES)
@@ -108,14 +109,25 @@ class Layout(NamedTuple):
 
   @property
   def tiles(self):
-    """Of a resident head: powers of two, the largest first."""
+    """Of units of a resident head: powers of two, the largest first."""
+    least = NARROW if self.alone else BITS
     start, tiles = 0, []
     while start < self.head:
-      left = -(-(self.head - start) // BITS) * BITS
+      left = -(-(self.head - start) // least) * least
       size = min(self.config.units, 1 << (left.bit_length() - 1))
       tiles.append(Tile(start, size))
       start += size
     return tiles
+
+  @property
+  def filling(self):
+    """Sizes of tiles of zeros that h ends with, to be whole words."""
+    last = self.tiles[-1]
+    end, sizes = last.start + last.size, []
+    while end % BITS:
+      sizes.append(end & -end)
+      end += sizes[-1]
+    return sizes
 
   @property
   def alone(self):
@@ -131,14 +143,17 @@ class Layout(NamedTuple):
   @property
   def sources(self):
     """Tiles of inputs, of a resident head: few, for few products."""
+    tiles = self.tiles
+    for size in self.filling:
+      tiles.append(Tile(tiles[-1].start + tiles[-1].size, size))
     join = lambda a, b: Tile(a.start, a.size + b.size)
-    return _joined(self.tiles, lambda tile: tile.size, join)
+    return _joined(tiles, lambda tile: tile.size, join)
 
   @property
   def padded(self):
     """Where the last tile ends."""
     if self.config.resident:
-      last = self.tiles[-1]
+      last = self.sources[-1]
       return last.start + last.size
     tile = max(self.config.units, self.config.depth)
     return -(-self.head // tile) * tile
@@ -384,7 +399,8 @@ def _resident(program: Program):
   if layout.mixes:
     right = [program.right_of(source) for source in sources]
   left = None
-  if layout.factors and len(tiles) <= 2:  # Of more there is no room.
+  # Of more there is no room.
+  if 0 < layout.factors <= 16 and layout.head <= 64:
     left = of_parts(lambda part: program.left_of(turn, part))
 
   def inputs(index, t, tokens):
@@ -432,6 +448,8 @@ def _resident(program: Program):
       program.store_output(turn, t, units, made)
       new_h.append(made.astype(carried))
       new_c.append(kept)
+    for size in layout.filling:
+      new_h.append(jnp.zeros((config.rows, size), carried))
     new_h = _joined(new_h, lambda tile: tile.shape[1], _beside)
     return new_h, new_c, x, tokens if config.prefetch else None
 

@@ -54,7 +54,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     scales=1 if given is None else len(given.scales),
     mixes=isinstance(given, LowRank),
     mixes_tokens=args.factors is not None,
-    factors=_num_factors(args),
+    factors=args.num_factors,
     keep=keep,
     precision=_precision(args.r.dtype, interpret),
     interpret=interpret,
@@ -113,16 +113,6 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   return made["h"], made["c"], made.get("all_h")
 
 
-def _num_factors(args):
-  count = GATES * args.perturbation.left.shape[3] if _mixes(args) else 0
-  count += 0 if args.factors is None else args.factors[0].shape[1]
-  return max(16, 1 << (count - 1).bit_length()) if count else 0
-
-
-def _mixes(args):
-  return isinstance(args.perturbation, LowRank)
-
-
 def _factors(args, count, width):
   """Of R and of the table, so that both are corrected by one product.
 
@@ -132,7 +122,7 @@ def _factors(args, count, width):
   """
   members, given, dtype = len(args.h), args.perturbation, args.r.dtype
   lefts, inputs = [], {}
-  if _mixes(args):
+  if isinstance(given, LowRank):
     directions, gates, heads, rank, head = given.left.shape
     shape = (directions, heads, gates * rank, head)
     right = given.right.swapaxes(1, 2).reshape(shape)
@@ -144,8 +134,8 @@ def _factors(args, count, width):
     lefts.append(left.reshape(members, *left.shape[2:]))
   if args.factors is not None:
     of_tokens, right = (x.astype(jnp.float32) for x in args.factors)
+    before = lefts[0].shape[3] if lefts else 0
     lefts.append(right.transpose(0, 3, 2, 1, 4))  # [M, G, N, k, D]
-    before = lefts[0].shape[3] if _mixes(args) else 0
     of_tokens = jnp.pad(of_tokens.mT, [(0, 0), (0, 0), (before, 0)])
     inputs["coefficients"] = _pad(of_tokens, count)  # [M, V, F]
   left = jnp.concatenate(lefts, axis=3) * _along(1, 5)
