@@ -191,10 +191,15 @@ def test_too_large_tiles_are_noticed():
 
 
 def test_every_candidate_of_the_tuner_fits():
-  for width in (50, 150):
-    dtype = jnp.dtype("bfloat16")
-    for config in lstm_configs.choose(width, 1024, dtype, False):
-      case = Case(width, "bfloat16", "low rank", config=config, looked_up=True)
+  for width, perturbation in (
+    (50, "low rank"),
+    (150, "low rank"),
+    (150, "dense"),
+  ):
+    dense = perturbation == "dense"
+    given = {"pairs": 96, "looked_up": True}
+    for config in lstm_configs.choose(width, 1024, jnp.bfloat16, dense):
+      case = Case(width, "bfloat16", perturbation, config=config, **given)
       assert figures(case).shared <= SHARED_LIMIT
 
 

@@ -66,9 +66,11 @@ def config_of(args: Arguments) -> Config:
 
 
 def candidates(args: Arguments) -> list[Config]:
-  """Configs that were the fastest, or nearly, on an H200; the likeliest first.
+  """Configs worth a try, the likeliest first, by what `choose` depends on.
 
-  They differ by width of heads, rows of a member and size of a weight.
+  Few rows and streamed weights: the fastest, or nearly, on an H200. Resident
+  weights of more rows: what compiles for one to the fewest instructions and
+  barriers without spills, see docs/kernels.md.
   """
   _, batch, _, head = args.h.shape
   dense = isinstance(args.perturbation, Dense)
@@ -90,10 +92,11 @@ def choose(
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
 
-  def resident(*tiles, early=False, orders=(False,), blocks=1):
+  def resident(*tiles, early=(False,), orders=(False,), blocks=1):
     return [  # Of rows, units, warps.
-      Config(True, rows, units, units, warps, 1, early, by_head, blocks)
+      Config(True, rows, units, units, warps, 1, prefetch, by_head, blocks)
       for rows, units, warps in tiles
+      for prefetch in early
       for by_head in orders
     ]
 
@@ -110,20 +113,22 @@ def choose(
     # Nothing but a token's head start hides the latency of its inputs.
     if head <= 256 // size:
       first = 4 if units == 64 else 8
-      return resident((16, units, first), (16, units, 12 - first), early=True)
+      tiles = (16, units, first), (16, units, 12 - first)
+      return resident(*tiles, early=(True,))
     return streamed((16, 64, 64, 8, 2), (16, 128, 64, 8, 3))
+  # Where there are registers for a tile more, it is loaded ahead.
+  early = (True, False) if size == 2 and head <= 128 else (False, True)
   if head <= 64:
     # A second block costs registers, and so perhaps a program beside it.
     blocks = BLOCKS if dense or head > 32 else 1
-    tiles = (64, 32, 4), (64, units, 4), (32, units, 4), (32, units, 2)
-    tiles = dict.fromkeys(tiles)
-    return resident(*tiles, orders=both, blocks=blocks)
+    few = resident((32, units, 4), (32, units, 2), early=early[:1])
+    return resident((64, 32, 4), early=early, orders=both, blocks=blocks) + few
   if size == 4:
     tiles = (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)
     return streamed(*(tiles[1:] if dense else tiles))
   held = []
   if head <= 152 and factors <= 16:  # All that shared memory takes.
-    held = resident((64, 32, 4), orders=both, blocks=BLOCKS)
+    held = resident((64, 32, 4), early=early, orders=both, blocks=BLOCKS)
   if dense:
     narrow, wide = (64, 32, 32, 4, 3), (64, 64, 64, 8, 2)
     first, second = (narrow, wide) if head <= 160 else (wide, narrow)

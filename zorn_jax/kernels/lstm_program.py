@@ -406,43 +406,44 @@ def _resident(program: Program):
   def inputs(index, t, tokens):
     return [program.inputs(turn, t, part, tokens) for part in parts[index]]
 
-  def ahead(index, t, tokens):
-    """The inputs behind those of a tile, and their tokens."""
-    if index + 1 < len(tiles):
-      return inputs(index + 1, t, tokens), tokens
-    t = jnp.minimum(t + 1, layout.length - 1)
-    tokens = program.tokens_at(turn, t)
-    return inputs(0, t, tokens), tokens
+  def mix(h, tokens):
+    """What is multiplied by the left factors, [rows, factors]."""
+    mixed = []
+    if layout.mixes_tokens:
+      mixed.append(program.coefficients_of(turn, tokens))
+    if layout.mixes:
+      mixed.append(sum(map(program.multiply, h, right)))
+    # Rounded before they are added, which is exact, as one of both is zero: no
+    # product begins with what has still to be loaded.
+    return sum(x.astype(layout.dtype) for x in mixed) if mixed else None
 
   def step(t, carry):
     h, c, x, tokens = carry
     h = [tile.astype(layout.dtype) for tile in h]
-    if not config.prefetch:
-      tokens = program.tokens_at(turn, t)
-    mixed = None
-    if layout.mixes_tokens:
-      mixed = program.coefficients_of(turn, tokens)
-    if layout.mixes:
-      products = sum(map(program.multiply, h, right))
-      mixed = products if mixed is None else products + mixed
-    if mixed is not None:
-      mixed = mixed.astype(layout.dtype)
+    later = jnp.minimum(t + 1, layout.length - 1)
+    then = program.tokens_at(turn, later)
+    mixed = mix(h, tokens)
     new_h, new_c = [], []
     for index, units in enumerate(tiles):
-      if config.prefetch:
-        given, (x, tokens) = x, ahead(index, t, tokens)
-      else:
+      given = x
+      if not config.prefetch:
         given = inputs(index, t, tokens)
+      elif index + 1 < len(tiles):
+        x = inputs(index + 1, t, tokens)
+      else:
+        x = inputs(0, later, then)
 
       def sums(place, index=index, given=given):
         part = parts[index][place]
-        total = program.begun(given[place], part, biases[index][place])
-        for tile, of_tile in zip(h, weights[index][place], strict=True):
-          total += program.multiply(tile, of_tile)
+        begun = program.begun(given[place], part, biases[index][place])
+        products = list(map(program.multiply, h, weights[index][place]))
         if mixed is not None:
           factors = left[index][place] if left else program.left_of(turn, part)
-          total += program.multiply(mixed, factors, 0)
-        return total
+          products.append(program.multiply(mixed, factors, 0))
+        # Products begin with inputs, or do not wait for them.
+        if config.prefetch:
+          return sum(products, begun)
+        return sum(products[1:], products[0]) + begun
 
       made, kept = program.cell(_gates(sums, parts[index]), c[index])
       program.store_output(turn, t, units, made)
@@ -451,17 +452,15 @@ def _resident(program: Program):
     for size in layout.filling:
       new_h.append(jnp.zeros((config.rows, size), carried))
     new_h = _joined(new_h, lambda tile: tile.shape[1], _beside)
-    return new_h, new_c, x, tokens if config.prefetch else None
+    return new_h, new_c, x, then
 
   def block(index, _):
     program.take(first + index)
     h = [program.load_state(program.h0, turn, source) for source in sources]
     h = [tile.astype(carried) for tile in h]
     c = [program.load_state(program.c0, turn, units) for units in tiles]
-    x = tokens = None
-    if config.prefetch:
-      tokens = program.tokens_at(turn, 0)
-      x = inputs(0, 0, tokens)
+    tokens = program.tokens_at(turn, 0)
+    x = inputs(0, 0, tokens) if config.prefetch else None
     carry = h, c, x, tokens
     h, c, *_ = jax.lax.fori_loop(0, layout.length, step, carry)
     for source, tile in zip(sources, h, strict=True):
