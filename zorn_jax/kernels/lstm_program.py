@@ -280,33 +280,33 @@ class Program:
   def weights(self, units: Tile, source: Tile):
     """A tile [sums, source] of R, for each member of the program."""
     gates, rows = units.gates[:, None], units.units[:, None]
-    columns = source.columns
-    tile = pltriton.load(self.r.at[gates, self.head, rows, columns])
+    tile = pltriton.load(self.r.at[gates, self.head, rows, source.columns])
     if not self.layout.dense:
       return [tile] * len(self.turns)
     tile = tile.astype(jnp.float32)
-    z = self._signs(gates, rows, source)
-    if self._overhangs(units) or self._overhangs(source):
-      head = self.layout.head
-      z = jnp.where((rows < head) & (columns < head), z, 0.0)
-    halves = units.halves[:, None]
+    # Inputs that are not there are zero, whatever their weights are.
+    halves = jnp.where(rows < self.layout.head, units.halves[:, None], 0.0)
+    signs = self._signs(gates, rows, source)
     return [
-      (tile + halves * self.scale(turn) * z).astype(self.layout.dtype)
+      (tile + threefry.signed(halves * self.scale(turn), signs)).astype(
+        self.layout.dtype
+      )
       for turn in self.turns
     ]
 
   def _signs(self, gates, rows, source):
+    """A bit of each weight [sums, source], where a float32 has its sign."""
     layout = self.layout
     stored = -(-layout.head // BITS)  # Words of a row of R.
     words = source.start // BITS + jnp.arange(source.size // BITS)
     words = words[None, :]
     if not layout.config.resident:
       at = self.drawn.at[self.direction, gates, self.head, rows, words]
-      return threefry.unpack(pltriton.load(at))
+      return threefry.sign_bits(pltriton.load(at))
     row = (gates * layout.heads + self.head) * layout.head + rows
     index = (row * stored + words).astype(jnp.uint32)
     key = self.drawn[self.direction, 0], self.drawn[self.direction, 1]
-    return threefry.unpack(threefry.word(key, index))
+    return threefry.sign_bits(threefry.word(key, index))
 
   def left_of(self, turn, units):
     """[factors, sums]."""

@@ -45,11 +45,17 @@ def word(key, index) -> jax.Array:
   return high ^ low
 
 
-def unpack(words: jax.Array) -> jax.Array:
-  """[U, W] words -> float32 [U, 32 W] signs; a set bit means -1."""
+def sign_bits(words: jax.Array) -> jax.Array:
+  """[U, W] words -> uint32 [U, 32 W]: each bit where a float32 has its sign."""
   rows, columns = words.shape
   shape = (rows, columns, 32)
-  shifts = jax.lax.broadcasted_iota(jnp.uint32, shape, 2)
-  spread = jnp.broadcast_to(words[:, :, None], shape)
-  bits = ((spread >> shifts) & np.uint32(1)).reshape(rows, 32 * columns)
-  return 1 - 2 * bits.astype(jnp.int32).astype(jnp.float32)
+  shifts = np.uint32(31) - jax.lax.broadcasted_iota(jnp.uint32, shape, 2)
+  spread = jnp.broadcast_to(words[:, :, None], shape) << shifts
+  return (spread & np.uint32(1 << 31)).reshape(rows, 32 * columns)
+
+
+def signed(x: jax.Array, bits: jax.Array) -> jax.Array:
+  """Floats x [U, 1] with the signs of :func:`sign_bits` [U, K]: a set bit turns
+  one round."""
+  known = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  return jax.lax.bitcast_convert_type(known ^ bits, jnp.float32)
