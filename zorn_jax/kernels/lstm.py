@@ -71,8 +71,8 @@ def lstm(
       table's.
     interpret: Whether Pallas interprets the kernel, to test it without a GPU.
   Returns:
-    The carry after the chunk; and h of r's type, [B, T, N, D] or [B, N, D], or
-    None.
+    The carry after the chunk, whose h may be rounded to r's type; and h of r's
+    type, [B, T, N, D] or [B, N, D], or None.
   Raises:
     ValueError: If shapes or types disagree, a choice is unknown, or "triton" is
       asked for what the kernel cannot do.
