@@ -22,8 +22,8 @@ class Config(NamedTuple):
       resident ones have `units`.
     warps: Of 32 threads.
     stages: Tiles under way at once, of streamed weights.
-    prefetch: Whether inputs are loaded early: a token ahead by resident
-      programs, before the products of a tile by streamed ones.
+    prefetch: Whether inputs are loaded a tile ahead, or with what needs them,
+      where weights are resident.
     by_head: Whether all members of a head run before those of the next, which
       then find its weights and its table in the caches, or all heads of a
       member.

@@ -1,7 +1,6 @@
 """The LSTM over time in one launch, by Pallas for Triton.
 
-The programs of the launch are those of :mod:`zorn_jax.kernels.lstm_program`;
-here their inputs are padded and their grid is laid out.
+Here the inputs of its programs are padded and their grid is laid out.
 """
 
 import functools
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from zorn_jax.kernels import lstm_configs, lstm_program
+from zorn_jax.kernels import lstm_configs, lstm_resident, lstm_streamed
 from zorn_jax.kernels.arguments import GATES, Arguments, Dense, LowRank
 from zorn_jax.kernels.lstm_configs import Config
-from zorn_jax.kernels.lstm_program import BITS, HALVES
+from zorn_jax.kernels.lstm_layout import BITS, HALVES, Layout
+from zorn_jax.kernels.lstm_program import Program
 
 MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
 MAX_RANK = 16
@@ -39,7 +39,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   length, given = args.length, args.perturbation
   config = lstm_configs.fitted(args, config)
   looked_up = args.tokens is not None
-  layout = lstm_program.Layout(
+  layout = Layout(
     batch=batch,
     length=length,
     heads=heads,
@@ -93,7 +93,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
   programs = members // layout.scales if layout.together else members
   names = (*inputs, *outputs)
   call = pl.pallas_call(
-    functools.partial(lstm_program.body, layout=layout, names=names),
+    functools.partial(_body, layout=layout, names=names),
     grid=(
       (programs * layout.programs, heads)
       if config.by_head
@@ -111,6 +111,11 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
     made = dict(zip(outputs, call(*inputs.values()), strict=True))
   return made["h"], made["c"], made.get("all_h")
+
+
+def _body(*refs, layout, names):
+  program = Program(layout, dict(zip(names, refs, strict=True)))
+  (lstm_resident if layout.config.resident else lstm_streamed).run(program)
 
 
 def _factors(args, count, width):
