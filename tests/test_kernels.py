@@ -168,11 +168,10 @@ def test_odd_widths(head, config):
 def test_a_head_of_several_tiles():
   args = example("low rank", head=40, heads=1, looked_up=True)
   check(args, STREAMED)
-  resident = RESIDENT._replace(units=32)
-  check(args, resident)
+  check(args, RESIDENT._replace(units=16))
   args = example("low rank", head=80, heads=1, looked_up=True)
   for prefetch in (False, True):  # h of three tiles is multiplied as of two.
-    check(args, resident._replace(prefetch=prefetch))
+    check(args, RESIDENT._replace(units=32, prefetch=prefetch))
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
@@ -296,9 +295,14 @@ def test_what_the_kernel_cannot_hold():
   many = example("low rank", rank=17)
   with pytest.raises(ValueError, match="rank 1 to 16, got 17"):
     kernels.lstm(**many, implementation="triton")
-  config = RESIDENT._replace(rows=24)
-  with pytest.raises(ValueError, match="rows .*power of two.*got 24"):
-    kernels.lstm(**example(), implementation="triton", config=config)
+  for change, message in (
+    ({"rows": 24}, "rows .*power of two.*got 24"),
+    ({"units": 4}, "units .*from 8 on, got 4"),
+    ({"units": 8, "warps": 4}, "units .*from 16 on, got 8"),
+  ):
+    config = RESIDENT._replace(**change)
+    with pytest.raises(ValueError, match=message):
+      kernels.lstm(**example(), implementation="triton", config=config)
 
 
 def test_the_twin_runs_elsewhere_and_says_so(monkeypatch, caplog):

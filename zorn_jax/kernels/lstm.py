@@ -188,7 +188,13 @@ def _unsupported(head: int, rank: int | None) -> str | None:
 
 
 def _check_config(config: Config) -> None:
-  for name, least in (("rows", 16), ("units", 32), ("depth", 32), ("warps", 1)):
+  units = 8 if config.alone else 16
+  for name, least in (
+    ("rows", 16),
+    ("units", units),
+    ("depth", lstm_configs.WORD),
+    ("warps", 1),
+  ):
     value = getattr(config, name)
     if value < least or value & (value - 1):
       raise ValueError(

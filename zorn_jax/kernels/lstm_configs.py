@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from zorn_jax.kernels.arguments import Arguments, Dense
 
+ROWS_OF_WARP = 16  # At least; fewer warps are side by side then.
+WORD = 32  # Signs in a word, of neighbouring inputs.
 FEW_ROWS = 16  # Of one tile.
 BLOCKS = 8  # Of rows, to a program of a GPU that is full.
 MANY_PROGRAMS = 2048  # Some four at a time on each multiprocessor, four times.
@@ -17,9 +19,9 @@ class Config(NamedTuple):
   Attributes:
     resident: Whether the weights stay on the chip.
     rows: Rows of the batch in a program, a power of two, at least 16.
-    units: Outputs in a tile, a power of two, at least 32.
-    depth: Inputs in a tile of streamed weights, a power of two, at least 32;
-      resident ones have `units`.
+    units: Outputs in a tile, a power of two, at least 16; 8 where a warp has
+      rows of its own.
+    depth: Inputs in a tile of streamed weights, a power of two, at least 32.
     warps: Of 32 threads.
     stages: Tiles under way at once, of streamed weights.
     prefetch: Whether inputs are loaded a tile ahead, or with what needs them,
@@ -40,6 +42,11 @@ class Config(NamedTuple):
   prefetch: bool
   by_head: bool = False
   blocks: int = 1
+
+  @property
+  def alone(self) -> bool:
+    """Whether a warp has rows of its own, and so all gates of a unit."""
+    return self.rows >= ROWS_OF_WARP * self.warps
 
 
 def programs(args: Arguments, config: Config) -> int:
@@ -94,7 +101,7 @@ def choose(
 
   def resident(*tiles, early=(False,), orders=(False,), blocks=1):
     return [  # Of rows, units, warps.
-      Config(True, rows, units, units, warps, 1, prefetch, by_head, blocks)
+      Config(True, rows, units, WORD, warps, 1, prefetch, by_head, blocks)
       for rows, units, warps in tiles
       for prefetch in early
       for by_head in orders
@@ -119,16 +126,23 @@ def choose(
   # Where there are registers for a tile more, it is loaded ahead.
   early = (True, False) if size == 2 and head <= 128 else (False, True)
   if head <= 64:
-    # A second block costs registers, and so perhaps a program beside it.
-    blocks = BLOCKS if dense or head > 32 else 1
-    few = resident((32, units, 4), (32, units, 2), early=early[:1])
-    return resident((64, 32, 4), early=early, orders=both, blocks=blocks) + few
+    # Narrow tiles leave registers for three programs on a multiprocessor; a
+    # second block of rows takes some.
+    blocks = BLOCKS if dense else 1
+    others = (64, 32, 4), (64, 8, 4), (32, units, 4), (32, units, 2)
+    return [
+      *resident((64, 16, 4), early=early, orders=both, blocks=blocks),
+      *resident(*others, early=early[:1], blocks=blocks),
+    ]
   if size == 4:
     tiles = (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)
     return streamed(*(tiles[1:] if dense else tiles))
   held = []
   if head <= 152 and factors <= 16:  # All that shared memory takes.
-    held = resident((64, 32, 4), early=early, orders=both, blocks=BLOCKS)
+    held = [
+      *resident((64, 32, 4), early=early, orders=both, blocks=BLOCKS),
+      *resident((64, 16, 4), early=(True,), blocks=BLOCKS),
+    ]
   if dense:
     narrow, wide = (64, 32, 32, 4, 3), (64, 64, 64, 8, 2)
     first, second = (narrow, wide) if head <= 160 else (wide, narrow)

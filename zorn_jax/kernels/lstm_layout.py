@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from zorn_jax.kernels.arguments import GATES
-from zorn_jax.kernels.lstm_configs import Config
+from zorn_jax.kernels.lstm_configs import WORD, Config
 
-BITS = 32  # Of a word of signs.
-_ROWS_OF_WARP = 16  # At least; fewer warps are side by side then.
 _NARROW = 8  # Units of the narrowest tile.
 # What all that a gate sums up is multiplied by, which rounds nothing.
 HALVES = (0.5, 0.5, 1.0, 0.5)
@@ -92,7 +90,7 @@ class Layout(NamedTuple):
   @property
   def tiles(self):
     """Of units of a resident head: powers of two, the largest first."""
-    least = _NARROW if self.alone else BITS
+    least = _NARROW if self.config.alone else WORD
     start, tiles = 0, []
     while start < self.head:
       left = -(-(self.head - start) // least) * least
@@ -106,19 +104,14 @@ class Layout(NamedTuple):
     """Sizes of tiles of zeros that h ends with, to be whole words."""
     last = self.tiles[-1]
     end, sizes = last.start + last.size, []
-    while end % BITS:
+    while end % WORD:
       sizes.append(end & -end)
       end += sizes[-1]
     return sizes
 
-  @property
-  def alone(self):
-    """Whether a warp has rows of its own, and so all gates of a unit."""
-    return self.config.rows >= _ROWS_OF_WARP * self.config.warps
-
   def parts(self, units: Tile) -> list[Tile]:
     """The gates that one product makes: all, if a warp can take them apart."""
-    if self.alone:
+    if self.config.alone:
       return [units]
     return [units._replace(made=range(g, g + 1)) for g in range(GATES)]
 

@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from zorn_jax.kernels import threefry
 from zorn_jax.kernels.arguments import GATES
-from zorn_jax.kernels.lstm_layout import BITS, Layout, Tile
+from zorn_jax.kernels.lstm_configs import WORD
+from zorn_jax.kernels.lstm_layout import Layout, Tile
 
 _I, _F, _Z, _O = range(GATES)
 
@@ -145,8 +146,8 @@ class Program:
   def _signs(self, gates, rows, source):
     """A bit of each weight [sums, source], where a float32 has its sign."""
     layout = self.layout
-    stored = -(-layout.head // BITS)  # Words of a row of R.
-    words = source.start // BITS + jnp.arange(source.size // BITS)
+    stored = -(-layout.head // WORD)  # Words of a row of R.
+    words = source.start // WORD + jnp.arange(source.size // WORD)
     words = words[None, :]
     if not layout.config.resident:
       at = self.drawn.at[self.direction, gates, self.head, rows, words]

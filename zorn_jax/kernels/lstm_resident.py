@@ -16,7 +16,7 @@ def run(program: Program):
   tiles, sources = layout.tiles, layout.sources
   (turn,) = program.turns
   # As few registers as can be, or conversions.
-  carried = layout.dtype if layout.alone else jnp.float32
+  carried = layout.dtype if config.alone else jnp.float32
   parts = [layout.parts(units) for units in tiles]
   of_parts = lambda f: [[f(part) for part in some] for some in parts]
   weights = of_parts(

@@ -13,8 +13,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from zorn_jax.kernels import lstm_configs, lstm_resident, lstm_streamed
 from zorn_jax.kernels.arguments import GATES, Arguments, Dense, LowRank
-from zorn_jax.kernels.lstm_configs import Config
-from zorn_jax.kernels.lstm_layout import BITS, HALVES, Layout
+from zorn_jax.kernels.lstm_configs import WORD, Config
+from zorn_jax.kernels.lstm_layout import HALVES, Layout
 from zorn_jax.kernels.lstm_program import Program
 
 MAX_WIDTH = 1024  # Of a head; what is compiled and tested.
@@ -75,7 +75,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     drawn = given.key_data
     if not config.resident:
       drawn = _words(args.r.shape, given)
-      drawn = _pad(drawn, width, width // BITS)
+      drawn = _pad(drawn, width, width // WORD)
     inputs |= {"scales": given.scales, "drawn": drawn}
   if layout.factors:
     inputs |= _factors(args, layout.factors, width)
@@ -168,7 +168,7 @@ def _pad(x, *sizes):
 def _words(shape, given):
   """The words of all signs, uint32 [P, G, N, D, W]: one bit a weight."""
   keys = jax.random.wrap_key_data(given.key_data, impl="threefry2x32")
-  stored = (*shape[:-1], -(-shape[-1] // BITS))
+  stored = (*shape[:-1], -(-shape[-1] // WORD))
   return jax.vmap(lambda key: jax.random.bits(key, stored, jnp.uint32))(keys)
 
 
