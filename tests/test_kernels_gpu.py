@@ -7,13 +7,16 @@ import concurrent.futures
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_kernels
 
 from zorn_jax import kernels
+from zorn_jax.kernels import lstm_configs
 
 WIDTHS = (20, 50, 150)
+BATCH = 70
 # Name -> type, precision of its products, and how far h and c may be off, times
 # sqrt(D). TF32 rounds as float16 does, and tanh is approximate beside bfloat16.
 PRECISIONS = {
@@ -21,9 +24,17 @@ PRECISIONS = {
   "TF32": ("float32", None, 2e-4),
   "bfloat16": ("bfloat16", None, 2e-3),
 }
+PERTURBATIONS = ("dense", "low rank")
 CASES = [
-  *itertools.product(WIDTHS, PRECISIONS, ["dense", "low rank"]),
-  *itertools.product([850], ["bfloat16"], ["", "dense", "low rank"]),
+  *itertools.product(WIDTHS, PRECISIONS, PERTURBATIONS, [None]),
+  *itertools.product([850], ["bfloat16"], ["", *PERTURBATIONS], [None]),
+  *(  # Whatever the tuner may choose.
+    (width, "bfloat16", perturbation, config)
+    for width, perturbation in itertools.product(WIDTHS, PERTURBATIONS)
+    for config in lstm_configs.choose(
+      width, BATCH, jnp.bfloat16, perturbation == "dense"
+    )
+  ),
 ]
 
 pytestmark = [
@@ -34,22 +45,23 @@ pytestmark = [
 
 def measure(case):
   """How far each result is from the twin's, in float32 without TF32."""
-  width, name, perturbation = case
+  width, name, perturbation, config = case
   dtype, precision, _ = PRECISIONS[name]
   args = test_kernels.example(
     perturbation,
     dtype,
     head=width,
-    batch=70,
+    batch=BATCH,
     looked_up="with factors" if perturbation == "low rank" else False,
   )
 
-  def run(implementation, precision):
+  def run(precision, **options):
     with jax.default_matmul_precision(precision):
-      one = lambda args: kernels.lstm(**args, implementation=implementation)
+      one = lambda args: kernels.lstm(**args, **options)
       return jax.tree.leaves(jax.jit(one)(args))
 
-  pairs = zip(run("triton", precision), run("xla", "highest"), strict=True)
+  found = run(precision, implementation="triton", config=config)
+  pairs = zip(found, run("highest", implementation="xla"), strict=True)
   return [
     np.abs(np.asarray(a, float) - np.asarray(b, float)).max() for a, b in pairs
   ]
@@ -58,7 +70,12 @@ def measure(case):
 @pytest.fixture(scope="module")
 def errors():
   """Of all cases, whose programs are compiled side by side."""
-  with concurrent.futures.ThreadPoolExecutor() as pool:
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    concurrent.futures.ThreadPoolExecutor() as pool,
+  ):
+    # Few programs shall take several blocks of rows too.
+    patch.setattr(lstm_configs, "MANY_PROGRAMS", 1)
     return dict(zip(CASES, pool.map(measure, CASES), strict=True))
 
 

@@ -171,11 +171,18 @@ def test_other_widths_and_few_rows_fit(width):
     assert figures(case).shared <= SHARED_LIMIT
 
 
-@pytest.mark.parametrize("width, dtype", [(152, "bfloat16"), (64, "float32")])
+@pytest.mark.parametrize(
+  "width, dtype", [(150, "bfloat16"), (152, "bfloat16"), (64, "float32")]
+)
 def test_the_widest_resident_heads_fit(width, dtype):
-  for rank in (1, 16):
-    case = Case(width, dtype, "low rank", rank=rank, pairs=96, looked_up=True)
-    assert figures(case).shared <= SHARED_LIMIT
+  for perturbation, rank, looked_up in (
+    ("low rank", 1, True),
+    ("low rank", 1, False),
+    ("low rank", 16, True),
+    ("dense", 1, False),
+  ):
+    case = Case(width, dtype, perturbation, rank=rank, looked_up=looked_up)
+    assert figures(case._replace(pairs=96)).shared <= SHARED_LIMIT
 
 
 def test_products_without_tf32_fit():

@@ -81,11 +81,17 @@ def candidates(args: Arguments) -> list[Config]:
   """
   _, batch, _, head = args.h.shape
   dense = isinstance(args.perturbation, Dense)
-  return choose(head, batch, args.r.dtype, dense, args.num_factors)
+  given = args.tokens is None
+  return choose(head, batch, args.r.dtype, dense, args.num_factors, given)
 
 
 def choose(
-  head: int, batch: int, dtype, dense: bool, factors: int = 16
+  head: int,
+  batch: int,
+  dtype,
+  dense: bool,
+  factors: int = 16,
+  given: bool = False,
 ) -> list[Config]:
   """The configs of `candidates`.
 
@@ -95,6 +101,7 @@ def choose(
     dtype: Of the weights.
     dense: Whether the perturbation is, of which programs hold all members.
     factors: What a product takes of them.
+    given: Whether inputs are, not looked up.
   """
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
@@ -138,7 +145,9 @@ def choose(
     tiles = (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2)
     return streamed(*(tiles[1:] if dense else tiles))
   held = []
-  if head <= 152 and factors <= 16:  # All that shared memory takes.
+  # All that shared memory takes.
+  widest = 128 if given and factors else 152
+  if head <= widest and factors <= 16:
     held = [
       *resident((64, 32, 4), early=early, orders=both, blocks=BLOCKS),
       *resident((64, 16, 4), early=(True,), blocks=BLOCKS),
