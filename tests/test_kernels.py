@@ -1,5 +1,6 @@
 """The LSTM kernel, interpreted, and its twin against NumPy in float64."""
 
+import itertools
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from zorn_jax import kernels
 from zorn_jax.kernels import lstm_configs, threefry
 from zorn_jax.kernels.arguments import check as check_arguments
+from zorn_jax.kernels.lstm_layout import Layout
 
 # The module, whose name its function has.
 lstm = sys.modules["zorn_jax.kernels.lstm"]
@@ -167,22 +169,65 @@ def test_odd_widths(head, config):
 
 def test_a_head_of_several_tiles():
   args = example("low rank", head=40, heads=1, looked_up=True)
-  check(args, STREAMED)
   check(args, RESIDENT._replace(units=16))
   args = example("low rank", head=80, heads=1, looked_up=True)
   for prefetch in (False, True):  # h of three tiles is multiplied as of two.
     check(args, RESIDENT._replace(units=32, prefetch=prefetch))
 
 
+@pytest.mark.parametrize(
+  "perturbation, head, config",
+  [
+    ("dense", 80, RESIDENT._replace(units=32)),
+    ("dense", 40, STREAMED._replace(depth=32, warps=1)),
+    ("dense", 40, STREAMED._replace(depth=32, units=64)),
+    ("low rank", 40, STREAMED._replace(depth=32)),
+    ("low rank", 40, STREAMED._replace(depth=64, warps=1)),
+  ],
+)
+def test_several_tiles_of_inputs(perturbation, head, config):
+  check(example(perturbation, head=head, heads=1, length=2), config)
+
+
+def layout_of(head, config):
+  sizes = dict.fromkeys(Layout._fields, 0) | {"head": head, "config": config}
+  return Layout(**sizes)
+
+
+def test_tiles_meet_and_lie_in_what_is_padded():
+  """Nothing else keeps a GPU from reading what is not there."""
+  for head in range(1, 1025):
+    for units, warps in itertools.product((8, 16, 32, 64, 128), (1, 4)):
+      config = RESIDENT._replace(units=units, warps=warps)
+      if units == 8 and not config.warps_own_rows:
+        continue
+      layout = layout_of(head, config)
+      tiles, sources = layout.tiles, layout.sources
+      ends = [[x.start + x.size for x in some] for some in (tiles, sources)]
+      for some, end in zip((tiles, sources), ends, strict=True):
+        assert [x.start for x in some] == [0, *end[:-1]]
+      assert head <= ends[0][-1] <= layout.padded == ends[1][-1]
+      assert ends[0][-1] + sum(layout.filling) == layout.padded
+      assert all(source.size % 32 == 0 for source in sources)
+      # Neighbours of one size, joined until there are none.
+      stack = []
+      for size in [*(x.size for x in tiles), *layout.filling]:
+        stack.append(size)
+        while len(stack) > 1 and stack[-2] == stack[-1]:
+          stack[-2:] = [2 * stack[-1]]
+      assert stack == [source.size for source in sources]
+
+
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_several_blocks_of_rows_to_a_program(prefetch, monkeypatch):
-  config = RESIDENT._replace(prefetch=prefetch, blocks=4)
-  args = example("dense", batch=33, heads=3, looked_up=prefetch, length=2)
+  config = RESIDENT._replace(prefetch=prefetch, by_head=prefetch, blocks=3)
+  args = example("dense", batch=49, heads=3, looked_up=prefetch, length=2)
   assert fitted(args, config).blocks == 1  # Too few programs would be left.
   monkeypatch.setattr(lstm_configs, "MANY_PROGRAMS", 6)
-  assert fitted(args, config).blocks == 3
-  assert fitted(args, config._replace(blocks=2)).blocks == 1
+  assert fitted(args, config).blocks == 2  # Of four, the last of one row.
   check(args, config)
+  monkeypatch.setattr(lstm_configs, "MANY_PROGRAMS", 72)
+  assert fitted(args, config).blocks == 1
 
 
 def fitted(args, config):
@@ -220,6 +265,7 @@ def test_outputs():
   args = example(dtype="bfloat16", heads=1, length=2)
   for name in ("xla", "triton"):
     (h, c), every = run(args, name, RESIDENT)
+    np.testing.assert_array_equal(h, h.astype(jnp.bfloat16).astype(h.dtype))
     carry, last = run(args, name, RESIDENT, output="last")
     np.testing.assert_array_equal(last, every[:, -1])
     np.testing.assert_array_equal(carry[0], h)
@@ -307,7 +353,7 @@ def test_what_the_kernel_cannot_hold():
 
 def test_the_twin_runs_elsewhere_and_says_so(monkeypatch, caplog):
   monkeypatch.setattr(lstm, "_LOGGED", set())
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     _, found = kernels.lstm(**example())
   assert "LSTM by XLA, because the device is a CPU" in caplog.text
   _, wanted = kernels.lstm(**example(), implementation="xla")

@@ -172,17 +172,26 @@ def test_other_widths_and_few_rows_fit(width):
 
 
 @pytest.mark.parametrize(
-  "width, dtype", [(150, "bfloat16"), (152, "bfloat16"), (64, "float32")]
+  "width, dtype",
+  [
+    (100, "bfloat16"),
+    (128, "bfloat16"),
+    (150, "bfloat16"),
+    (152, "bfloat16"),
+    (64, "float32"),
+  ],
 )
 def test_the_widest_resident_heads_fit(width, dtype):
-  for perturbation, rank, looked_up in (
-    ("low rank", 1, True),
-    ("low rank", 1, False),
-    ("low rank", 16, True),
-    ("dense", 1, False),
+  for perturbation, rank, looked_up, resident in (
+    ("low rank", 1, True, True),
+    ("low rank", 1, False, width <= 128),
+    ("low rank", 16, True, width <= 64),
+    ("dense", 1, False, True),
   ):
     case = Case(width, dtype, perturbation, rank=rank, looked_up=looked_up)
-    assert figures(case._replace(pairs=96)).shared <= SHARED_LIMIT
+    found = figures(case._replace(pairs=96))
+    assert found.shared <= SHARED_LIMIT
+    assert found.config.resident == resident
 
 
 def test_products_without_tf32_fit():
@@ -221,9 +230,12 @@ def table() -> str:
     found = figures(case)
     kind = "resident" if found.config.resident else "streamed"
     rows, units, depth, warps, stages = found.config[1:6]
+    tile = f"{rows} x {units}" + (
+      "" if found.config.resident else f" x {depth}"
+    )
     lines.append(
-      f"| {case.width} | {case.dtype} | {case.perturbation} | {kind} {rows} x "
-      f"{units} x {depth} | {warps} | {stages} | {found.shared:,} | "
+      f"| {case.width} | {case.dtype} | {case.perturbation} | {kind} {tile} | "
+      f"{warps} | {stages} | {found.shared:,} | "
       f"{found.registers} | {found.spills} |"
     )
   return "\n".join(lines)

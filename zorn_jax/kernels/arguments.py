@@ -83,7 +83,7 @@ class Arguments(NamedTuple):
     return (self.x if self.tokens is None else self.tokens).shape[2]
 
   @property
-  def num_factors(self) -> int:
+  def padded_factors(self) -> int:
     """Of all gates and of the table, padded to what a product takes."""
     given = self.perturbation
     count = 0 if self.factors is None else self.factors[0].shape[1]

@@ -71,8 +71,8 @@ def lstm(
       table's.
     interpret: Whether Pallas interprets the kernel, to test it without a GPU.
   Returns:
-    The carry after the chunk, whose h may be rounded to r's type; and h of r's
-    type, [B, T, N, D] or [B, N, D], or None.
+    The carry after the chunk, its h rounded to r's type; and h of r's type,
+    [B, T, N, D] or [B, N, D], or None.
   Raises:
     ValueError: If shapes or types disagree, a choice is unknown, or "triton" is
       asked for what the kernel cannot do.
@@ -188,7 +188,7 @@ def _unsupported(head: int, rank: int | None) -> str | None:
 
 
 def _check_config(config: Config) -> None:
-  units = 8 if config.alone else 16
+  units = lstm_configs.NARROW if config.warps_own_rows else 16
   for name, least in (
     ("rows", 16),
     ("units", units),
@@ -213,7 +213,8 @@ def _key(args: Arguments) -> tuple:
     batch <= lstm_configs.FEW_ROWS,
     args.r.dtype.name,
     type(given).__name__,
-    _rank(args),
+    args.padded_factors,
+    args.tokens is None,
     str(jax.config.jax_default_matmul_precision),
   )
 
@@ -231,8 +232,8 @@ def tune(
 ) -> dict[Config, float]:
   """Times a handful of configs on the GPU, and keeps the fastest.
 
-  Later calls of :func:`lstm` in this process, of the same width, type and
-  perturbation, take it.
+  Later calls of :func:`lstm` in this process, of the same width, type, kind of
+  inputs and of perturbation, take it.
 
   Args:
     x_proj: As of :func:`lstm`, and so are r, b, carry, perturbation, output.

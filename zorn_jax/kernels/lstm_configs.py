@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from zorn_jax.kernels.arguments import Arguments, Dense
 
-ROWS_OF_WARP = 16  # At least; fewer warps are side by side then.
+NARROW = 8  # Units of the narrowest tile.
+_ROWS_OF_WARP = 16  # A product's, at least.
 WORD = 32  # Signs in a word, of neighbouring inputs.
 FEW_ROWS = 16  # Of one tile.
 BLOCKS = 8  # Of rows, to a program of a GPU that is full.
@@ -19,8 +20,8 @@ class Config(NamedTuple):
   Attributes:
     resident: Whether the weights stay on the chip.
     rows: Rows of the batch in a program, a power of two, at least 16.
-    units: Outputs in a tile, a power of two, at least 16; 8 where a warp has
-      rows of its own.
+    units: Outputs in a tile, a power of two, at least 16; 8 where warps have
+      rows of their own.
     depth: Inputs in a tile of streamed weights, a power of two, at least 32.
     warps: Of 32 threads.
     stages: Tiles under way at once, of streamed weights.
@@ -44,9 +45,10 @@ class Config(NamedTuple):
   blocks: int = 1
 
   @property
-  def alone(self) -> bool:
-    """Whether a warp has rows of its own, and so all gates of a unit."""
-    return self.rows >= ROWS_OF_WARP * self.warps
+  def warps_own_rows(self) -> bool:
+    """Whether products give each warp rows of its own, so all gates of a unit;
+    if not, warps share rows, and have other columns."""
+    return self.rows >= _ROWS_OF_WARP * self.warps
 
 
 def programs(args: Arguments, config: Config) -> int:
@@ -75,14 +77,15 @@ def config_of(args: Arguments) -> Config:
 def candidates(args: Arguments) -> list[Config]:
   """Configs worth a try, the likeliest first, by what `choose` depends on.
 
-  Few rows and streamed weights: the fastest, or nearly, on an H200. Resident
-  weights of more rows: what compiles for one to the fewest instructions and
-  barriers without spills, see docs/kernels.md.
+  For few rows: the fastest on an H200. Streamed: the fastest, or nearly, before
+  one product made all gates. Resident for more rows: what compiles for an H200
+  to the fewest instructions and barriers with the most programs at once
+  (docs/kernels.md).
   """
   _, batch, _, head = args.h.shape
   dense = isinstance(args.perturbation, Dense)
   given = args.tokens is None
-  return choose(head, batch, args.r.dtype, dense, args.num_factors, given)
+  return choose(head, batch, args.r.dtype, dense, args.padded_factors, given)
 
 
 def choose(
@@ -100,8 +103,8 @@ def choose(
     batch: Rows B of a member.
     dtype: Of the weights.
     dense: Whether the perturbation is, of which programs hold all members.
-    factors: What a product takes of them.
-    given: Whether inputs are, not looked up.
+    factors: Number of factors, padded, of all gates and of the table.
+    given: Whether inputs are given, or else looked up.
   """
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from zorn_jax.kernels.arguments import GATES
-from zorn_jax.kernels.lstm_configs import WORD, Config
+from zorn_jax.kernels.lstm_configs import NARROW, WORD, Config
 
-_NARROW = 8  # Units of the narrowest tile.
 # What all that a gate sums up is multiplied by, which rounds nothing.
 HALVES = (0.5, 0.5, 1.0, 0.5)
-_WHOLE = HALVES.index(1.0)
 
 
 class Tile(NamedTuple):
@@ -22,32 +20,33 @@ class Tile(NamedTuple):
 
   start: Any
   size: int
-  made: range = range(GATES)
+  of_gates: range = range(GATES)
 
   @property
   def columns(self):
     return (self.start + jnp.arange(self.size))[None, :]
 
   @property
-  def gates(self):
-    """The gate of each sum, [sums]."""
-    if len(self.made) == 1:
-      return jnp.full(self.size, self.made.start)
-    place = jnp.arange(len(self.made) * self.size)
-    return self.made.start + jax.lax.div(place, self.size)
+  def gate_of_sum(self):
+    """[sums]."""
+    if len(self.of_gates) == 1:
+      return jnp.full(self.size, self.of_gates.start)
+    place = jnp.arange(len(self.of_gates) * self.size)
+    return self.of_gates.start + jax.lax.div(place, self.size)
 
   @property
-  def units(self):
-    """The unit of each sum, [sums]."""
-    place = jnp.arange(len(self.made) * self.size)
-    if len(self.made) > 1:
+  def unit_of_sum(self):
+    """[sums]."""
+    place = jnp.arange(len(self.of_gates) * self.size)
+    if len(self.of_gates) > 1:
       place = jax.lax.rem(place, self.size)
     return self.start + place
 
   @property
   def halves(self):
     """What each sum is multiplied by, [sums]."""
-    return jnp.where(self.gates == _WHOLE, 1.0, 0.5)
+    whole = HALVES.index(1.0)
+    return jnp.where(self.gate_of_sum == whole, 1.0, 0.5)
 
 
 class Layout(NamedTuple):
@@ -78,8 +77,8 @@ class Layout(NamedTuple):
     return -(-self.batch // self.config.rows)
 
   @property
-  def programs(self):
-    """Of a head of a member, or of a direction's."""
+  def programs_of_head(self):
+    """Of a member, or of those of a direction."""
     return self.blocks // self.config.blocks
 
   @property
@@ -90,7 +89,7 @@ class Layout(NamedTuple):
   @property
   def tiles(self):
     """Of units of a resident head: powers of two, the largest first."""
-    least = _NARROW if self.config.alone else WORD
+    least = NARROW if self.config.warps_own_rows else WORD
     start, tiles = 0, []
     while start < self.head:
       left = -(-(self.head - start) // least) * least
@@ -101,7 +100,7 @@ class Layout(NamedTuple):
 
   @property
   def filling(self):
-    """Sizes of tiles of zeros that h ends with, to be whole words."""
+    """Sizes of the tiles of zeros that end h, so that sources are words."""
     last = self.tiles[-1]
     end, sizes = last.start + last.size, []
     while end % WORD:
@@ -110,35 +109,25 @@ class Layout(NamedTuple):
     return sizes
 
   def parts(self, units: Tile) -> list[Tile]:
-    """The gates that one product makes: all, if a warp can take them apart."""
-    if self.config.alone:
+    """What one product makes: all gates, if a warp can take them apart."""
+    if self.config.warps_own_rows:
       return [units]
-    return [units._replace(made=range(g, g + 1)) for g in range(GATES)]
+    return [units._replace(of_gates=range(g, g + 1)) for g in range(GATES)]
 
   @property
   def sources(self):
-    """Tiles of inputs, of a resident head: few, for few products."""
-    tiles = self.tiles
-    for size in self.filling:
-      tiles.append(Tile(tiles[-1].start + tiles[-1].size, size))
-    join = lambda a, b: Tile(a.start, a.size + b.size)
-    return joined(tiles, lambda tile: tile.size, join)
+    """Tiles of inputs of a resident head: as few and wide as can be."""
+    start, tiles = 0, []
+    while start < self.padded:
+      size = 1 << ((self.padded - start).bit_length() - 1)
+      tiles.append(Tile(start, size))
+      start += size
+    return tiles
 
   @property
   def padded(self):
     """Where the last tile ends."""
-    if self.config.resident:
-      last = self.sources[-1]
-      return last.start + last.size
-    tile = max(self.config.units, self.config.depth)
+    tile = WORD
+    if not self.config.resident:
+      tile = max(self.config.units, self.config.depth)
     return -(-self.head // tile) * tile
-
-
-def joined(tiles, size, join):
-  """Neighbours of one size are one tile, as often as there are such."""
-  joined = []
-  for tile in tiles:
-    joined.append(tile)
-    while len(joined) > 1 and size(joined[-2]) == size(joined[-1]):
-      joined[-2:] = [join(*joined[-2:])]
-  return joined

@@ -5,9 +5,10 @@ other. One product makes all gates of a tile of units, where they can be taken
 apart in registers.
 
 Rows, units and inputs are padded to tiles by masks: sums of units that are not
-there are zero, and keep their h and c at zero.
+there are zero, and so is their h.
 """
 
+import copy
 from typing import Any
 
 import jax
@@ -30,7 +31,10 @@ class Program:
     self.layout = layout
     self.__dict__.update(refs)
     place, slow = pl.program_id(0), pl.program_id(1)
-    fast, number = place // layout.programs, place % layout.programs
+    fast, number = (
+      place // layout.programs_of_head,
+      place % layout.programs_of_head,
+    )
     by_head = layout.config.by_head
     self.head, group = (slow, fast) if by_head else (fast, slow)
     if layout.together:
@@ -38,14 +42,17 @@ class Program:
     else:  # Which of a direction's members it is, the program alone knows.
       self.direction = group // layout.scales
       self.turns = (group % layout.scales,)
-    self.take(number * layout.config.blocks)
+    self._turn_to(number * layout.config.blocks)
 
-  def take(self, block):
-    """Turns to a block of rows."""
-    self.block = block
-    self.rows = block * self.layout.config.rows + jnp.arange(
-      self.layout.config.rows
-    )
+  def _turn_to(self, block):
+    rows = self.layout.config.rows
+    self.block, self.rows = block, block * rows + jnp.arange(rows)
+
+  def block_behind(self, number):
+    """The program of a later block of rows."""
+    program = copy.copy(self)
+    program._turn_to(self.block + number)
+    return program
 
   def member(self, turn):
     return self.direction * self.layout.scales + turn
@@ -105,8 +112,8 @@ class Program:
   def inputs(self, turn, t, units, tokens):
     """A token's tile [rows, sums], of the type it is stored in."""
     member = self.member(turn) if self.layout.own_x else 0
-    columns = units.units[None, :]
-    place = (self.head, units.gates[None, :], columns)
+    columns = units.unit_of_sum[None, :]
+    place = (self.head, units.gate_of_sum[None, :], columns)
     if self.layout.looked_up:
       return pltriton.load(self.x.at[(member, tokens, *place)])
     at = self.x.at[(member, self.rows[:, None], t, *place)]
@@ -117,7 +124,7 @@ class Program:
     if self.layout.looked_up:
       return None
     member = self.member(turn) if self.layout.own_bias else 0
-    at = self.b.at[member, units.gates, self.head, units.units]
+    at = self.b.at[member, units.gate_of_sum, self.head, units.unit_of_sum]
     return pltriton.load(at)[None, :]
 
   def begun(self, x, units, biases):
@@ -128,7 +135,7 @@ class Program:
 
   def weights(self, units: Tile, source: Tile):
     """A tile [sums, source] of R, for each member of the program."""
-    gates, rows = units.gates[:, None], units.units[:, None]
+    gates, rows = units.gate_of_sum[:, None], units.unit_of_sum[:, None]
     tile = pltriton.load(self.r.at[gates, self.head, rows, source.columns])
     if not self.layout.dense:
       return [tile] * len(self.turns)
@@ -137,7 +144,7 @@ class Program:
     halves = jnp.where(rows < self.layout.head, units.halves[:, None], 0.0)
     signs = self._signs(gates, rows, source)
     return [
-      (tile + threefry.signed(halves * self.scale(turn), signs)).astype(
+      (tile + threefry.flipped(halves * self.scale(turn), signs)).astype(
         self.layout.dtype
       )
       for turn in self.turns
@@ -160,7 +167,7 @@ class Program:
   def left_of(self, turn, units):
     """[factors, sums]."""
     places = jnp.arange(self.layout.factors)[:, None]
-    gates, columns = units.gates[None, :], units.units[None, :]
+    gates, columns = units.gate_of_sum[None, :], units.unit_of_sum[None, :]
     at = self.left.at[self.member(turn), gates, self.head, places, columns]
     return pltriton.load(at)
 

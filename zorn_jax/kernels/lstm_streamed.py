@@ -14,6 +14,7 @@ from zorn_jax.kernels.lstm_program import Program, gates_of
 
 
 def run(program: Program):
+  """All tokens of a program's block of rows."""
   layout, config, turns = program.layout, program.layout.config, program.turns
   count = lambda size: -(-layout.head // size)
   units_at = lambda index: Tile(index * config.units, config.units)
@@ -98,7 +99,8 @@ def run(program: Program):
         pltriton.store(kept(turn, units), after)
         program.store_output(turn, t, units, h)
         last = t == layout.length - 1
-        program.store_state(program.h, turn, units, h, last)
+        rounded = narrow.astype(jnp.float32)
+        program.store_state(program.h, turn, units, rounded, last)
         program.store_state(program.c, turn, units, after, last)
       return 0
 

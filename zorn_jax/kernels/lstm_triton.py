@@ -32,8 +32,8 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     config: Of the kernel.
     interpret: Whether Pallas interprets it, for tests.
   Returns:
-    h and c after the last token, float32 [M, B, N, D], h rounded to r's type
-    where weights are resident; and all h, of r's type [M, B, T, N, D], or None.
+    h and c after the last token, float32 [M, B, N, D], h rounded to r's type;
+    and all h, of r's type [M, B, T, N, D], or None.
   """
   members, batch, heads, head = args.h.shape
   length, given = args.length, args.perturbation
@@ -54,7 +54,7 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     scales=1 if given is None else len(given.scales),
     mixes=isinstance(given, LowRank),
     mixes_tokens=args.factors is not None,
-    factors=args.num_factors,
+    factors=args.padded_factors,
     keep=keep,
     precision=_precision(args.r.dtype, interpret),
     interpret=interpret,
@@ -90,14 +90,14 @@ def run(args: Arguments, keep: bool, config: Config, interpret: bool):
     buffer = (members, heads, layout.blocks, 2, config.rows, width)
     outputs["buffer"] = struct(buffer, layout.dtype)
     outputs["cells"] = struct((*buffer[:3], *buffer[4:]), jnp.float32)
-  programs = members // layout.scales if layout.together else members
+  groups = members // layout.scales if layout.together else members
   names = (*inputs, *outputs)
   call = pl.pallas_call(
     functools.partial(_body, layout=layout, names=names),
     grid=(
-      (programs * layout.programs, heads)
+      (groups * layout.programs_of_head, heads)
       if config.by_head
-      else (heads * layout.programs, programs)
+      else (heads * layout.programs_of_head, groups)
     ),
     out_shape=list(outputs.values()),
     compiler_params=pltriton.CompilerParams(

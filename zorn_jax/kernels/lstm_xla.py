@@ -17,8 +17,8 @@ def run(args: Arguments, keep: bool):
     args: Of all members.
     keep: Whether all h are wanted.
   Returns:
-    h and c after the last token, float32 [M, B, N, D]; and all h, of r's type
-    [M, B, T, N, D], or None.
+    h and c after the last token, float32 [M, B, N, D], h rounded to r's type;
+    and all h, of r's type [M, B, T, N, D], or None.
   """
   dtype, given = args.r.dtype, args.perturbation
   members = len(args.h)
@@ -54,7 +54,7 @@ def run(args: Arguments, keep: bool):
   (h, c), all_h = jax.lax.scan(step, (args.h, args.c), inputs)
   if keep:
     all_h = jnp.moveaxis(all_h, 0, 2)
-  return h, c, all_h
+  return h.astype(dtype).astype(jnp.float32), c, all_h
 
 
 def _inputs(args):

@@ -54,8 +54,7 @@ def sign_bits(words: jax.Array) -> jax.Array:
   return (spread & np.uint32(1 << 31)).reshape(rows, 32 * columns)
 
 
-def signed(x: jax.Array, bits: jax.Array) -> jax.Array:
-  """Floats x [U, 1] with the signs of :func:`sign_bits` [U, K]: a set bit turns
-  one round."""
+def flipped(x: jax.Array, bits: jax.Array) -> jax.Array:
+  """float32 [U, 1], negated where :func:`sign_bits` [U, K] are set, [U, K]."""
   known = jax.lax.bitcast_convert_type(x, jnp.uint32)
   return jax.lax.bitcast_convert_type(known ^ bits, jnp.float32)
