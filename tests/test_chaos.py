@@ -192,7 +192,7 @@ def result(workdir):
 @pytest.mark.parametrize(
   ("name", "every"),
   [
-    ("steps", 3),
+    ("steps", 5),
     *[pytest.param(name, 1, marks=pytest.mark.slow) for name in RUNS],
   ],
 )
