@@ -230,9 +230,30 @@ def test_several_blocks_of_rows_to_a_program(prefetch, monkeypatch):
   assert fitted(args, config).blocks == 1
 
 
-def fitted(args, config):
+def arguments_of(args):
   order = "x_proj", "r", "b", "carry", "perturbation"
-  return lstm_configs.fitted(check_arguments(*map(args.get, order)), config)
+  return check_arguments(*map(args.get, order))
+
+
+def fitted(args, config):
+  return lstm_configs.fitted(arguments_of(args), config)
+
+
+def test_tuned_configs_go_to_calls_of_the_same_table():
+  small = {"head": 130, "batch": 17, "heads": 1, "length": 1}
+  tables = {}
+  for dtype in ("float32", "bfloat16"):
+    for perturbation in ("", "dense", "low rank"):
+      for looked_up in (False, True, "with factors"):
+        for rank in (1, 4):
+          args = arguments_of(
+            example(
+              perturbation, dtype, **small, looked_up=looked_up, rank=rank
+            )
+          )
+          table = lstm_configs.candidates(args)
+          assert tables.setdefault(lstm._key(args), table) == table
+  assert len({str(table) for table in tables.values()}) > 3
 
 
 @pytest.mark.parametrize("perturbation", ["", "dense", "low rank"])

@@ -102,14 +102,14 @@ def choose(
     head: Width D of a head.
     batch: Rows B of a member.
     dtype: Of the weights.
-    dense: Whether the perturbation is, of which programs hold all members.
+    dense: Whether the perturbation is.
     factors: Number of factors, padded, of all gates and of the table.
     given: Whether inputs are given, or else looked up.
   """
   size = jnp.dtype(dtype).itemsize
   units = max(32, min(128, 1 << (head - 1).bit_length()))
 
-  def resident(*tiles, early=(False,), orders=(False,), blocks=1):
+  def resident(*tiles, early, orders=(False,), blocks=1):
     return [  # Of rows, units, warps.
       Config(True, rows, units, WORD, warps, 1, prefetch, by_head, blocks)
       for rows, units, warps in tiles

@@ -31,10 +31,8 @@ class Program:
     self.layout = layout
     self.__dict__.update(refs)
     place, slow = pl.program_id(0), pl.program_id(1)
-    fast, number = (
-      place // layout.programs_of_head,
-      place % layout.programs_of_head,
-    )
+    each = layout.programs_of_head
+    fast, number = place // each, place % each
     by_head = layout.config.by_head
     self.head, group = (slow, fast) if by_head else (fast, slow)
     if layout.together:

@@ -1,5 +1,6 @@
 """Programs of the LSTM kernel whose weights, h and c stay on the chip."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -75,11 +76,16 @@ def _run_block(program, held):
     # product begins with what has still to be loaded.
     return sum(x.astype(layout.dtype) for x in mixed) if mixed else None
 
-  def sums(part, weights, biases, left, x, h, mixed):
-    begun = program.begun(x, part, biases)
-    products = list(map(program.multiply, h, weights))
+  def sums(index, x, h, mixed, place):
+    """Of a part of a tile."""
+    part = held.parts[index][place]
+    begun = program.begun(x[place], part, held.biases[index][place])
+    products = list(map(program.multiply, h, held.weights[index][place]))
     if mixed is not None:
-      left = program.left_of(turn, part) if left is None else left
+      if held.left:
+        left = held.left[index][place]
+      else:
+        left = program.left_of(turn, part)
       products.append(program.multiply(mixed, left, 0))
     # Products begin with inputs, or do not wait for them.
     if config.prefetch:
@@ -101,13 +107,8 @@ def _run_block(program, held):
         x = inputs(index + 1, t, tokens)
       else:
         x = inputs(0, later, tokens_later)
-
-      def sums_of(place, index=index, given=given):
-        left = held.left[index][place] if held.left else None
-        of_part = (x[index][place] for x in held[:3])
-        return sums(*of_part, left, given[place], h, mixed)
-
-      tile, kept = program.cell(gates_of(sums_of, held.parts[index]), c[index])
+      of_parts = partial(sums, index, given, h, mixed)
+      tile, kept = program.cell(gates_of(of_parts, held.parts[index]), c[index])
       program.store_output(turn, t, units, tile)
       new_h.append(tile.astype(carried))
       new_c.append(kept)
